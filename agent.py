@@ -1,0 +1,1815 @@
+#!/usr/bin/env python3
+"""kubensage-agent: one snapshot of a Kubernetes node every few seconds, delivered to a relay.
+
+    python3 agent.py                                  show this node, every 5 s
+    python3 agent.py --once --output json             one snapshot, for a script
+    python3 agent.py --relay-address relay:50051      deliver snapshots until told to stop
+
+Each cycle reads the node from procfs and sysfs, asks the container runtime for its pods and
+containers (CRI over a unix socket), and puts both into one Metrics message (proto/kubensage.proto).
+A second thread delivers; a snapshot is forgotten only once the relay has acknowledged it.
+
+    what we read                      what we take                          documented in
+    /proc/stat                        CPU time, boot time                   proc_stat(5)
+    /proc/cpuinfo, sysfs cpu/         models, topology, frequency           admin-guide/cputopology.rst
+    /proc/meminfo                     memory                                filesystems/proc.rst, 1.2
+    /proc/pressure/{cpu,memory,io}    stall time                            accounting/psi.rst
+    /proc/PID/statm, comm             the largest processes                 proc_pid_statm(5)
+    /proc/PID/mountinfo, statvfs(3)   file systems and their use            proc_pid_mountinfo(5)
+    /proc/diskstats, /sys/block       disk I/O                              admin-guide/iostats.rst
+    /proc/net/dev, /sys/class/net     interfaces and their counters         proc_net(5), sysfs-class-net
+    /proc/net/route, ipv6_route       the interface of the default route    networking/proc_net
+    rtnetlink RTM_GETADDR             addresses                             rtnetlink(7)
+    /proc/uptime, /proc/sys/kernel    uptime, host name, kernel             admin-guide/sysctl/kernel.rst
+    /etc/os-release, debian_version   distribution                          os-release(5)
+    DMI product_uuid, machine-id      identity of the host                  machine-id(5)
+    CRI: Version, ListPodSandbox,     pods, containers, their statistics    kubernetes/cri-api
+      ListContainers, -ContainerStats
+
+The sections follow the data: files, subjects of the node, runtime, snapshot, backlog, relay,
+output, command line. `grep '^# ---' agent.py` lists them.
+"""
+from __future__ import annotations
+
+import argparse
+import collections
+import concurrent.futures
+import difflib
+import errno
+import functools
+import gzip
+import heapq
+import json
+import logging
+import logging.handlers
+import math
+import os
+import random
+import re
+import select
+import shutil
+import signal
+import socket
+import stat
+import struct
+import sys
+import threading
+import time
+from typing import Any, Callable, Deque, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple, TypeVar
+
+import grpc
+from google.protobuf import json_format
+from google.protobuf.wrappers_pb2 import DoubleValue, StringValue, UInt64Value
+
+import cri_pb2 as cri
+import kubensage_pb2 as wire
+
+__version__ = '1.0.0'
+
+log = logging.getLogger('kubensage-agent')
+
+# A subject of the node gives the NodeMetrics fields it knows, and what it wants back next cycle.
+Fields = Dict[str, Any]
+Row = TypeVar('Row')
+
+
+# --- files
+
+# What these mean for a file of procfs or sysfs: this node, or this user, does not have it.
+ABSENT = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ESRCH, errno.EACCES, errno.EPERM, errno.ENODEV,
+                    errno.EOPNOTSUPP})
+
+# What a parser's arithmetic and indexing raise on text that is not what the kernel writes.
+MALFORMED = (ValueError, IndexError, KeyError, TypeError, OverflowError)
+
+
+class Roots(NamedTuple):
+    """Where the node's trees are mounted: /proc, /sys and /, or another machine's."""
+    procfs: str
+    sysfs: str
+    rootfs: str
+
+
+def read_bytes(root: str, path: str) -> Optional[bytes]:
+    """The whole file, None where it is absent. Other errors (EIO, EINVAL) are the caller's."""
+    try:
+        descriptor = os.open(f'{root}/{path}', os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno in ABSENT:
+            return None
+        raise
+    try:
+        chunks = []
+        while True:
+            chunk = os.read(descriptor, 1 << 16)
+            if not chunk:
+                return b''.join(chunks)
+            chunks.append(chunk)
+    except OSError as error:
+        if error.errno in ABSENT:
+            return None
+        raise
+    finally:
+        os.close(descriptor)
+
+
+def read_text(root: str, path: str) -> Optional[str]:
+    """The whole file as text; bytes that are not UTF-8 become U+FFFD."""
+    data = read_bytes(root, path)
+    return None if data is None else data.decode(errors='replace')
+
+
+def read_line(root: str, path: str) -> Optional[str]:
+    """A file of one line, without surrounding white space; None where it is absent or empty."""
+    text = read_text(root, path)
+    return text.strip() or None if text is not None else None
+
+
+def read_int(root: str, path: str) -> Optional[int]:
+    """A file of one decimal or 0x number. EINVAL is how sysfs says "not now" (speed of a link that is down)."""
+    try:
+        text = read_line(root, path)
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            return None
+        raise
+    try:
+        return None if text is None else int(text, 0)
+    except ValueError:
+        raise ValueError(f'{path}: not a number: {text[:80]!r}') from None
+
+
+def read_names(root: str, path: str) -> List[str]:
+    """The names in a directory; none where it is absent."""
+    try:
+        return os.listdir(f'{root}/{path}')
+    except OSError as error:
+        if error.errno in ABSENT:
+            return []
+        raise
+
+
+def parse_lines(file: str, lines: Iterable[str], parse_line: Callable[[str], Row]) -> List[Row]:
+    """parse_line of each line; ValueError names the file and the line that is not as the kernel writes it."""
+    rows = []
+    for line in lines:
+        try:
+            rows.append(parse_line(line))
+        except MALFORMED:
+            raise ValueError(f'{file}: malformed line: {line[:200]!r}') from None
+    return rows
+
+
+# --- CPU
+
+# The columns of a cpu line of /proc/stat, in ticks; guest time is inside user and nice already.
+# steal came with Linux 2.6.11, guest with 2.6.24, guest_nice with 2.6.33.
+class CpuTimes(NamedTuple):
+    user: int
+    nice: int
+    system: int
+    idle: int
+    iowait: int = 0
+    irq: int = 0
+    softirq: int = 0
+    steal: int = 0
+    guest: int = 0
+    guest_nice: int = 0
+
+
+class CpuIdentity(NamedTuple):
+    """What does not change while a CPU is online."""
+    model: Optional[str]
+    vendor_id: Optional[str]
+    physical_id: Optional[int]
+    core_id: Optional[int]
+    mhz: Optional[int]
+
+
+class CpuSample(NamedTuple):
+    times: Dict[str, CpuTimes]
+    identities: Dict[int, CpuIdentity]
+
+
+# MIDR_EL1 implementer and part numbers; Linux on ARM prints these and no names.
+ARM_IMPLEMENTERS = {0x41: 'ARM', 0x48: 'HiSilicon', 0x4e: 'NVIDIA', 0x51: 'Qualcomm', 0x61: 'Apple', 0xc0: 'Ampere'}
+ARM_PARTS = {
+    (0x41, 0xd03): 'Cortex-A53', (0x41, 0xd05): 'Cortex-A55', (0x41, 0xd07): 'Cortex-A57', (0x41, 0xd08): 'Cortex-A72',
+    (0x41, 0xd0b): 'Cortex-A76', (0x41, 0xd0c): 'Neoverse-N1', (0x41, 0xd40): 'Neoverse-V1', (0x41, 0xd49): 'Neoverse-N2',
+    (0x41, 0xd4f): 'Neoverse-V2', (0x41, 0xd83): 'Neoverse-V3', (0x41, 0xd8e): 'Neoverse-N3',
+    (0x48, 0xd01): 'Kunpeng-920', (0xc0, 0xac3): 'Ampere-1', (0xc0, 0xac4): 'Ampere-1a',
+}
+
+
+def parse_stat(text: str) -> Tuple[Dict[str, CpuTimes], Dict[str, int]]:
+    """/proc/stat: the times of `cpu` (all) and `cpuN` (online ones), and the first number of each other line.
+
+    cpu0 21 0 35 9800 12 0 4 0 0 0
+    btime 1795425000
+    """
+    times: Dict[str, CpuTimes] = {}
+    numbers: Dict[str, int] = {}
+
+    def parse_line(line: str) -> None:
+        name, rest = line.split(None, 1)
+        if name.startswith('cpu'):
+            times[name] = CpuTimes(*map(int, rest.split()[:10]))
+        else:
+            numbers[name] = int(rest.split(None, 1)[0])
+
+    parse_lines('stat', filter(str.strip, text.splitlines()), parse_line)
+    return times, numbers
+
+
+def parse_cpuinfo(text: str) -> Dict[int, Dict[str, str]]:
+    """/proc/cpuinfo: by the number of the logical CPU, the `key : value` lines of its block."""
+    blocks = [dict(parse_lines('cpuinfo', filter(str.strip, block.splitlines()), parse_cpuinfo_line))
+              for block in text.split('\n\n')]
+    try:
+        return {int(block['processor']): block for block in blocks if 'processor' in block}
+    except ValueError as error:
+        raise ValueError(f'cpuinfo: processor: {error}') from None
+
+
+def parse_cpuinfo_line(line: str) -> Tuple[str, str]:
+    key, value = line.split(':', 1)
+    return key.strip(), value.strip()
+
+
+def cpu_percent(before: CpuTimes, after: CpuTimes) -> Optional[float]:
+    """Percent of the time between two samples that was neither idle nor iowait; None if no time has passed.
+
+    idle and iowait may go backwards (proc_stat(5)): such a step counts as 0.
+    """
+    elapsed = CpuTimes(*(max(0, b - a) for a, b in zip(before, after)))
+    total = sum(elapsed[:8])
+    return 100 * (total - elapsed.idle - elapsed.iowait) / total if total else None
+
+
+def arm_names(implementer: str, part: str) -> Tuple[Optional[str], Optional[str]]:
+    """Vendor and model behind `CPU implementer : 0x41` and `CPU part : 0xd0c`; the numbers where not listed."""
+    key = int(implementer, 16), int(part, 16)
+    return ARM_IMPLEMENTERS.get(key[0], implementer), ARM_PARTS.get(key, f'{implementer}/{part}')
+
+
+def cores_by_package(identities: Iterable[CpuIdentity]) -> Dict[Optional[int], int]:
+    """Physical cores of each package: distinct core ids."""
+    cores = {(cpu.physical_id, cpu.core_id) for cpu in identities if cpu.core_id is not None}
+    return collections.Counter(package for package, _ in cores)
+
+
+def build_cpu_info(number: int, cpu: CpuIdentity, cores: Optional[int], usage: Optional[float]) -> wire.CpuInfo:
+    return wire.CpuInfo(
+        model=cpu.model, cores=cores, mhz=cpu.mhz, vendor_id=cpu.vendor_id,
+        physical_id=None if cpu.physical_id is None else str(cpu.physical_id),
+        core_id=None if cpu.core_id is None else str(cpu.core_id),
+        cpu=number, usage=usage)
+
+
+def collect_cpu_identity(roots: Roots, number: int, info: Dict[str, str]) -> CpuIdentity:
+    """One CPU, from its block of /proc/cpuinfo and from sysfs, which has the topology on every architecture."""
+    directory = f'devices/system/cpu/cpu{number}'
+    package = read_int(roots.sysfs, f'{directory}/topology/physical_package_id')
+    core = read_int(roots.sysfs, f'{directory}/topology/core_id')
+    max_khz = read_int(roots.sysfs, f'{directory}/cpufreq/cpuinfo_max_freq')
+    vendor, model = info.get('vendor_id'), info.get('model name')
+    if 'CPU implementer' in info and 'CPU part' in info:
+        vendor, model = arm_names(info['CPU implementer'], info['CPU part'])
+    if package is None:
+        package = int(info['physical id']) if 'physical id' in info else None
+    if core is None:
+        core = int(info['core id']) if 'core id' in info else None
+    mhz = max_khz // 1000 if max_khz is not None else round(float(info['cpu MHz'])) if 'cpu MHz' in info else None
+    return CpuIdentity(model, vendor, package if package != -1 else None, core if core != -1 else None, mhz)
+
+
+def collect_cpu_identities(roots: Roots, before: Dict[int, CpuIdentity], online: List[int]) -> Dict[int, CpuIdentity]:
+    """The identities of the online CPUs, read again only when another set is online: for each read of
+    /proc/cpuinfo the kernel asks every CPU for its frequency."""
+    if list(before) == online:
+        return before
+    infos = parse_cpuinfo(read_text(roots.procfs, 'cpuinfo') or '')
+    return {number: collect_cpu_identity(roots, number, infos.get(number, {})) for number in online}
+
+
+def collect_cpu(roots: Roots, before: Optional[CpuSample]) -> Tuple[Fields, Optional[CpuSample]]:
+    """Everything of /proc/stat: CPU use since the previous sample, and the boot time."""
+    text = read_text(roots.procfs, 'stat')
+    if text is None:
+        return {}, None
+    times, numbers = parse_stat(text)
+    earlier = before.times if before else {}
+    percent = {name: cpu_percent(earlier[name], after) for name, after in times.items() if name in earlier}
+    online = [int(name[3:]) for name in times if name != 'cpu']
+    identities = collect_cpu_identities(roots, before.identities if before else {}, online)
+    cores = cores_by_package(identities.values())
+    return {
+        'boot_time': numbers.get('btime'),
+        'total_cpu_percentage': percent.get('cpu'),
+        'cpu_infos': [build_cpu_info(number, cpu, cores.get(cpu.physical_id), percent.get(f'cpu{number}'))
+                      for number, cpu in identities.items()],
+    }, CpuSample(times, identities)
+
+
+# --- memory
+
+def parse_meminfo(text: str) -> Dict[str, int]:
+    """/proc/meminfo by the kernel's names, bytes (the file says kB and means 1,024); HugePages_* are counts.
+
+    MemTotal:       24683080 kB
+    """
+    def parse_line(line: str) -> Tuple[str, int]:
+        name, value = line.split(':')
+        number, *unit = value.split()
+        return name, int(number) * (1024 if unit == ['kB'] else 1)
+
+    return dict(parse_lines('meminfo', text.splitlines(), parse_line))
+
+
+def collect_memory(roots: Roots, before: None) -> Tuple[Fields, None]:
+    """MemAvailable is the kernel's own estimate, since Linux 3.14; used is what is not available."""
+    memory = parse_meminfo(read_text(roots.procfs, 'meminfo') or '')
+    total, available = memory.get('MemTotal'), memory.get('MemAvailable')
+    used = None if total is None or available is None else max(0, total - available)
+    return {
+        'total_memory': total,
+        'available_memory': available,
+        'used_memory': used,
+        'memory_used_perc': 100 * used / total if used is not None and total else None,
+    }, None
+
+
+# --- pressure
+
+def parse_pressure(text: str) -> Dict[str, Dict[str, float]]:
+    """/proc/pressure/* and *.pressure of a cgroup: by kind of line, percent averages and a total in µs.
+
+    some avg10=0.36 avg60=0.06 avg300=0.14 total=3037169
+    """
+    def parse_line(line: str) -> Tuple[str, Dict[str, float]]:
+        kind, *pairs = line.split()
+        return kind, {key: int(value) if key == 'total' else float(value)
+                      for key, value in (pair.split('=') for pair in pairs)}
+
+    return dict(parse_lines('pressure', text.splitlines(), parse_line))
+
+
+def build_psi_data(line: Optional[Dict[str, float]]) -> Optional[wire.PsiData]:
+    return line and wire.PsiData(
+        total=UInt64Value(value=line['total']), avg10=DoubleValue(value=line['avg10']),
+        avg60=DoubleValue(value=line['avg60']), avg300=DoubleValue(value=line['avg300']))
+
+
+def build_psi_metrics(pressure: Dict[str, Dict[str, float]]) -> wire.PsiMetrics:
+    return wire.PsiMetrics(some=build_psi_data(pressure.get('some')), full=build_psi_data(pressure.get('full')))
+
+
+def collect_psi_metrics(root: str, path: str) -> Optional[wire.PsiMetrics]:
+    text = read_text(root, path)
+    return build_psi_metrics(parse_pressure(text)) if text else None
+
+
+def collect_pressure(roots: Roots, before: None) -> Tuple[Fields, None]:
+    """Absent before Linux 4.20; EOPNOTSUPP, which is absent too, where PSI is built in but off."""
+    return {f'psi_{resource}_metrics': collect_psi_metrics(roots.procfs, f'pressure/{resource}')
+            for resource in ('cpu', 'memory', 'io')}, None
+
+
+# --- processes
+
+PAGE_SIZE_BYTES = os.sysconf('SC_PAGE_SIZE')
+
+
+def parse_statm(data: bytes) -> int:
+    """/proc/PID/statm: the resident set, in pages. One short line: `size resident shared text lib data dt`."""
+    return int(data.split(None, 2)[1])
+
+
+def largest_processes(resident_bytes: Dict[int, int], n: int) -> List[Tuple[int, int]]:
+    """The n largest (pid, bytes), largest first; kernel threads and zombies, which have no memory, never."""
+    rows = ((pid, size) for pid, size in resident_bytes.items() if size)
+    return heapq.nsmallest(n, rows, key=lambda row: (-row[1], row[0]))
+
+
+def build_process_mem_info(pid: int, name: str, memory: int) -> wire.ProcessMemInfo:
+    return wire.ProcessMemInfo(pid=pid, name=name, memory=memory)
+
+
+def collect_resident_bytes(roots: Roots, pids: Iterable[int]) -> Dict[int, int]:
+    """The resident set of each process that still exists. statm is the cheapest file that has it."""
+    resident = {}
+    for pid in pids:
+        data = read_bytes(roots.procfs, f'{pid}/statm')
+        if data:
+            resident[pid] = parse_statm(data) * PAGE_SIZE_BYTES
+    return resident
+
+
+def collect_processes(roots: Roots, before: None, top_n: int) -> Tuple[Fields, None]:
+    """All processes are counted, the largest named (comm may hold anything but NUL; its last line feed is the file's)."""
+    pids = [int(name) for name in read_names(roots.procfs, '') if name.isdecimal()]
+    largest = largest_processes(collect_resident_bytes(roots, pids), top_n)
+    named = [(pid, read_text(roots.procfs, f'{pid}/comm'), size) for pid, size in largest]
+    return {
+        'procs': len(pids) or None,
+        'processes_mem_info': [build_process_mem_info(pid, name[:-1] if name.endswith('\n') else name, size)
+                               for pid, name, size in named if name is not None],
+    }, None
+
+
+# --- file systems
+
+# File systems without storage of their own, and images that are always full.
+PSEUDO_FILESYSTEMS = frozenset((
+    'autofs bdev binfmt_misc bpf cgroup cgroup2 configfs cpuset debugfs devpts devtmpfs ecryptfs efivarfs erofs fusectl '
+    'hugetlbfs iso9660 mqueue nfsd none nsfs overlay pipefs proc pstore ramfs rootfs rpc_pipefs securityfs selinuxfs '
+    'smackfs sockfs squashfs sysfs tmpfs tracefs fuse.lxcfs fuse.gvfsd-fuse fuse.portal fuse.snapfuse').split())
+
+
+class Mount(NamedTuple):
+    device_number: str
+    mountpoint: str
+    fstype: str
+    source: str
+
+
+def parse_mountinfo(text: str) -> List[Mount]:
+    """/proc/PID/mountinfo; between the options and the lone `-` stands any number of optional fields.
+
+    27 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw
+    """
+    def parse_line(line: str) -> Mount:
+        fields = line.split(' ')
+        dash = fields.index('-', 6)
+        return Mount(fields[2], unescape(fields[4]), fields[dash + 1], unescape(fields[dash + 2]))
+
+    return parse_lines('mountinfo', text.splitlines(), parse_line)
+
+
+def unescape(field: str) -> str:
+    r"""Undo the kernel's octal escapes (\040 for a space)."""
+    return re.sub(r'\\([0-3][0-7]{2})', lambda match: chr(int(match.group(1), 8)), field)
+
+
+def real_mounts(mounts: Iterable[Mount]) -> List[Mount]:
+    """One mount a real file system, by its shortest mount point. On one mount point the last mount hides the others.
+
+    A block device is known by its name, since btrfs gives each subvolume a device number of its own.
+    """
+    visible = {mount.mountpoint: mount for mount in mounts}.values()
+    shortest: Dict[str, Mount] = {}
+    for mount in visible:
+        key = mount.source if mount.source.startswith('/dev/') else mount.device_number
+        known = shortest.get(key)
+        if mount.fstype not in PSEUDO_FILESYSTEMS and (not known or len(mount.mountpoint) < len(known.mountpoint)):
+            shortest[key] = mount
+    return list(shortest.values())
+
+
+def build_disk_usage(mount: Mount, space: os.statvfs_result) -> wire.DiskUsage:
+    """f_bavail is what unprivileged users may still use, so that used / (used + free) is the Use% of df(1)."""
+    used = (space.f_blocks - space.f_bfree) * space.f_frsize
+    free = space.f_bavail * space.f_frsize
+    return wire.DiskUsage(
+        device=mount.source, mountpoint=mount.mountpoint, fstype=mount.fstype, total=space.f_blocks * space.f_frsize,
+        used=used, free=free, used_percent=100 * used / (used + free) if used + free else None)
+
+
+def read_space(root: str, mountpoint: str) -> Optional[os.statvfs_result]:
+    try:
+        return os.statvfs(root.rstrip('/') + mountpoint)
+    except OSError as error:
+        if error.errno in ABSENT or error.errno == errno.ESTALE:
+            return None
+        raise
+
+
+def collect_disk_usages(roots: Roots, before: None) -> Tuple[Fields, None]:
+    """The mounts of process 1 are the node's; those of the agent may be a container's or a unit's own."""
+    text = read_text(roots.procfs, '1/mountinfo') or read_text(roots.procfs, 'self/mountinfo') or ''
+    spaces = [(mount, read_space(roots.rootfs, mount.mountpoint)) for mount in real_mounts(parse_mountinfo(text))]
+    return {'disk_usages': [build_disk_usage(mount, space) for mount, space in spaces if space and space.f_blocks]}, None
+
+
+# --- disk I/O
+
+# admin-guide/iostats.rst: "sectors" are always 512 bytes.
+SECTOR_BYTES = 512
+# Block devices whose I/O reaches another block device, or memory: it would count twice.
+VIRTUAL_DISK = re.compile(r'(loop|ram|zram|dm-|md|drbd|bcache|sr|fd)\d')
+
+
+class DiskStats(NamedTuple):
+    """The first columns of a line of /proc/diskstats; since boot."""
+    name: str
+    reads: int
+    reads_merged: int
+    read_sectors: int
+    read_ms: int
+    writes: int
+    writes_merged: int
+    written_sectors: int
+    write_ms: int
+
+
+def parse_diskstats(text: str) -> List[DiskStats]:
+    """/proc/diskstats: 14 columns, 18 since Linux 4.18, 20 since 5.5.
+
+    254       0 vda 30704 9268 1839362 7362 6409 11563 789624 3402 0 4712 11026 3512 47 76304 219 961 41
+    """
+    def parse_line(line: str) -> DiskStats:
+        fields = line.split()
+        return DiskStats(fields[2], *map(int, fields[3:11]))
+
+    return parse_lines('diskstats', text.splitlines(), parse_line)
+
+
+def build_disk_io_summary(disks: List[DiskStats]) -> wire.DiskIOSummary:
+    return wire.DiskIOSummary(
+        total_read_bytes=SECTOR_BYTES * sum(disk.read_sectors for disk in disks),
+        total_write_bytes=SECTOR_BYTES * sum(disk.written_sectors for disk in disks),
+        total_read_ops=sum(disk.reads for disk in disks),
+        total_write_ops=sum(disk.writes for disk in disks))
+
+
+def collect_disk_io(roots: Roots, before: None) -> Tuple[Fields, None]:
+    """Whole disks are those that /sys/block lists: partitions are below them there."""
+    text = read_text(roots.procfs, 'diskstats')
+    whole = {name.replace('!', '/') for name in read_names(roots.sysfs, 'block') if not VIRTUAL_DISK.match(name)}
+    disks = [disk for disk in parse_diskstats(text or '') if disk.name in whole]
+    return {'disk_io_summary': build_disk_io_summary(disks) if disks else None}, None
+
+
+# --- interface addresses
+
+# uapi/linux/netlink.h, rtnetlink.h, if_addr.h
+NETLINK_ROUTE = 0
+NLMSG_ERROR, NLMSG_DONE = 2, 3
+NLM_F_REQUEST, NLM_F_DUMP = 0x1, 0x300
+RTM_NEWADDR, RTM_GETADDR = 20, 22
+IFA_ADDRESS, IFA_LOCAL = 1, 2
+RT_SCOPE_UNIVERSE = 0
+NLMSGHDR = struct.Struct('=IHHII')    # length, type, flags, sequence, port
+IFADDRMSG = struct.Struct('=BBBBI')   # family, prefix length, flags, scope, interface index
+RTATTR = struct.Struct('=HH')         # length, type
+NETLINK_TIMEOUT_SECONDS = 1
+
+
+class Address(NamedTuple):
+    """One address of the interface with this index: family AF_INET or AF_INET6, scope as RT_SCOPE_*."""
+    index: int
+    family: int
+    address: str
+    prefix_length: int
+    scope: int
+
+
+def shares_network_namespace(roots: Roots) -> bool:
+    """Whether the agent's own sockets see the network whose files `read_net` reads."""
+    if roots.procfs == '/proc':
+        return True
+    try:
+        return os.readlink(f'{roots.procfs}/1/ns/net') == os.readlink('/proc/self/ns/net')
+    except OSError:
+        return False
+
+
+def read_addresses(roots: Roots) -> bytes:
+    """The kernel's dump of all interface addresses: they are in no file. Empty for another machine's tree."""
+    if not shares_network_namespace(roots):
+        return b''
+    header = NLMSGHDR.pack(NLMSGHDR.size + IFADDRMSG.size, RTM_GETADDR, NLM_F_REQUEST | NLM_F_DUMP, 1, 0)
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_ROUTE) as netlink:
+        netlink.settimeout(NETLINK_TIMEOUT_SECONDS)
+        netlink.send(header + IFADDRMSG.pack(socket.AF_UNSPEC, 0, 0, 0, 0))
+        chunks = [netlink.recv(1 << 16)]
+        while not any(kind in (NLMSG_DONE, NLMSG_ERROR) for kind, _ in netlink_parts(chunks[-1], NLMSGHDR)):
+            chunks.append(netlink.recv(1 << 16))
+    return b''.join(chunks)
+
+
+def netlink_parts(data: bytes, header: struct.Struct) -> Iterable[Tuple[int, bytes]]:
+    """(type, payload) of each message, or attribute: both begin with their length and are padded to 4 bytes."""
+    offset = 0
+    while offset + header.size <= len(data):
+        length, kind = header.unpack_from(data, offset)[:2]
+        if length < header.size or offset + length > len(data):
+            raise ValueError(f'rtnetlink: malformed length {length} at byte {offset} of {len(data)}')
+        yield kind, data[offset + header.size:offset + length]
+        offset += (length + 3) // 4 * 4
+
+
+def parse_addresses(data: bytes) -> List[Address]:
+    """A dump of RTM_NEWADDR messages. IFA_LOCAL is the interface's own address; where IFA_ADDRESS differs, it is the peer's."""
+    found = []
+    for kind, message in netlink_parts(data, NLMSGHDR):
+        if kind != RTM_NEWADDR:
+            continue
+        if len(message) < IFADDRMSG.size:
+            raise ValueError(f'rtnetlink: malformed address message: {message.hex()}')
+        family, prefix_length, _, scope, index = IFADDRMSG.unpack_from(message)
+        attributes = dict(netlink_parts(message[IFADDRMSG.size:], RTATTR))
+        packed = attributes.get(IFA_LOCAL) or attributes.get(IFA_ADDRESS)
+        if packed and len(packed) == {socket.AF_INET: 4, socket.AF_INET6: 16}.get(family):
+            found.append(Address(index, family, socket.inet_ntop(family, packed), prefix_length, scope))
+    return found
+
+
+def primary_address(addresses: Iterable[Address], index: Optional[int], family: int) -> Optional[str]:
+    """The first address of global scope on that interface."""
+    return next((address.address for address in addresses
+                 if (address.index, address.family, address.scope) == (index, family, RT_SCOPE_UNIVERSE)), None)
+
+
+# --- network
+
+# uapi/linux/if.h, in the order in which Go's net.Flags prints them.
+INTERFACE_FLAGS = (('up', 0x1), ('broadcast', 0x2), ('loopback', 0x8), ('pointtopoint', 0x10), ('multicast', 0x1000))
+# uapi/linux/route.h
+RTF_UP, RTF_REJECT = 0x1, 0x200
+
+
+class NetDev(NamedTuple):
+    """The columns of /proc/net/dev."""
+    rx_bytes: int
+    rx_packets: int
+    rx_errs: int
+    rx_drop: int
+    rx_fifo: int
+    rx_frame: int
+    rx_compressed: int
+    rx_multicast: int
+    tx_bytes: int
+    tx_packets: int
+    tx_errs: int
+    tx_drop: int
+    tx_fifo: int
+    tx_colls: int
+    tx_carrier: int
+    tx_compressed: int
+
+
+class Route(NamedTuple):
+    """An entry of a routing table: the interface, and whether it is a usable default route."""
+    interface: str
+    metric: int
+    is_default: bool
+
+
+def read_net(roots: Roots, name: str) -> Optional[str]:
+    """/proc/net is the reader's network namespace; in another procfs, the node's is that of process 1."""
+    if roots.procfs == '/proc':
+        return read_text(roots.procfs, f'net/{name}')
+    return read_text(roots.procfs, f'1/net/{name}')
+
+
+def parse_net_dev(text: str) -> Dict[str, NetDev]:
+    """/proc/net/dev by interface; the two lines of headings have no colon, old kernels no space after it.
+
+    eth0: 1111 12 0 0 0 0 0 0 2222 22 0 0 0 0 0 0
+    """
+    def parse_line(line: str) -> Tuple[str, NetDev]:
+        name, columns = line.split(':', 1)
+        return name.strip(), NetDev(*map(int, columns.split()[:16]))
+
+    return dict(parse_lines('net/dev', (line for line in text.splitlines() if ':' in line), parse_line))
+
+
+def parse_route(text: str) -> List[Route]:
+    """/proc/net/route, IPv4: `Iface Destination Gateway Flags RefCnt Use Metric Mask ...`, hex but for the metric."""
+    def parse_line(line: str) -> Route:
+        interface, destination, _, flags, _, _, metric, mask = line.split()[:8]
+        is_default = int(destination, 16) == int(mask, 16) == 0
+        return Route(interface, int(metric), is_default and int(flags, 16) & (RTF_UP | RTF_REJECT) == RTF_UP)
+
+    return parse_lines('net/route', text.splitlines()[1:], parse_line)
+
+
+def parse_ipv6_route(text: str) -> List[Route]:
+    """/proc/net/ipv6_route: `destination/prefix source/prefix next-hop metric refcount use flags interface`, hex."""
+    def parse_line(line: str) -> Route:
+        destination, prefix, _, _, _, metric, _, _, flags, interface = line.split()
+        is_default = int(destination, 16) == int(prefix, 16) == 0
+        return Route(interface, int(metric, 16), is_default and int(flags, 16) & (RTF_UP | RTF_REJECT) == RTF_UP)
+
+    return parse_lines('net/ipv6_route', text.splitlines(), parse_line)
+
+
+def default_interface(routes: Iterable[Route]) -> Optional[str]:
+    """The interface of the default route with the lowest metric."""
+    defaults = [route for route in routes if route.is_default]
+    return min(defaults, key=lambda route: route.metric).interface if defaults else None
+
+
+def interface_flags(bits: int) -> List[str]:
+    return [name for name, bit in INTERFACE_FLAGS if bits & bit]
+
+
+def build_net_usage(interfaces: Iterable[NetDev]) -> wire.NetUsage:
+    total = NetDev(*map(sum, zip(*interfaces)))
+    return wire.NetUsage(
+        total_bytes_sent=total.tx_bytes, total_bytes_received=total.rx_bytes,
+        total_packets_sent=total.tx_packets, total_packets_received=total.rx_packets,
+        total_err_in=total.rx_errs, total_err_out=total.tx_errs, total_drop_in=total.rx_drop,
+        total_drop_out=total.tx_drop, total_fifo_err_in=total.rx_fifo, total_fifo_err_out=total.tx_fifo)
+
+
+def build_string_value(text: Optional[str]) -> Optional[StringValue]:
+    return None if text is None else StringValue(value=text)
+
+
+def collect_interface(roots: Roots, name: str, addresses: Iterable[Address]) -> wire.InterfaceStat:
+    """One interface from /sys/class/net; lo and tunnels have a hardware address of zeros, which is none."""
+    directory = f'class/net/{name}'
+    index = read_int(roots.sysfs, f'{directory}/ifindex')
+    hardware_address = read_line(roots.sysfs, f'{directory}/address')
+    return wire.InterfaceStat(
+        index=index, mtu=read_int(roots.sysfs, f'{directory}/mtu'), name=name,
+        hardwareAddr=hardware_address if hardware_address and hardware_address.strip('0:') else None,
+        flags=interface_flags(read_int(roots.sysfs, f'{directory}/flags') or 0),
+        addrs=[f'{address.address}/{address.prefix_length}' for address in addresses if address.index == index])
+
+
+def collect_primary_address(roots: Roots, routes: Iterable[Route], addresses: Iterable[Address],
+                            family: int) -> Optional[StringValue]:
+    interface = default_interface(routes)
+    index = read_int(roots.sysfs, f'class/net/{interface}/ifindex') if interface else None
+    return build_string_value(primary_address(addresses, index, family))
+
+
+def collect_network(roots: Roots, before: None) -> Tuple[Fields, None]:
+    counters = parse_net_dev(read_net(roots, 'dev') or '')
+    addresses = parse_addresses(read_addresses(roots))
+    ipv4_routes = parse_route(read_net(roots, 'route') or '')
+    ipv6_routes = parse_ipv6_route(read_net(roots, 'ipv6_route') or '')
+    return {
+        'primary_ipv4': collect_primary_address(roots, ipv4_routes, addresses, socket.AF_INET),
+        'primary_ipv6': collect_primary_address(roots, ipv6_routes, addresses, socket.AF_INET6),
+        'net_usage': build_net_usage(counters.values()) if counters else None,
+        'network_interfaces': [collect_interface(roots, name, addresses) for name in counters],
+    }, None
+
+
+# --- operating system
+
+# ID of os-release (or a word of ID_LIKE) to the family it belongs to; a distribution not listed is its own.
+PLATFORM_FAMILIES = {
+    'debian': 'debian', 'ubuntu': 'debian', 'raspbian': 'debian', 'linuxmint': 'debian',
+    'rhel': 'rhel', 'centos': 'rhel', 'rocky': 'rhel', 'almalinux': 'rhel', 'ol': 'rhel', 'amzn': 'rhel',
+    'fedora': 'fedora', 'suse': 'suse', 'opensuse': 'suse', 'opensuse-leap': 'suse', 'opensuse-tumbleweed': 'suse',
+    'sles': 'suse', 'sle-micro': 'suse', 'arch': 'arch', 'alpine': 'alpine', 'gentoo': 'gentoo', 'flatcar': 'coreos',
+}
+
+
+def parse_os_release(text: str) -> Dict[str, str]:
+    """os-release(5): shell assignments, at most quoted.
+
+    PRETTY_NAME="Debian GNU/Linux 12 (bookworm)"
+    """
+    pairs = (line.split('=', 1) for line in map(str.strip, text.splitlines()) if '=' in line and not line.startswith('#'))
+    return {key: re.sub(r'\\(.)', r'\1', value[1:-1] if value[:1] in ('"', "'") and value[-1:] == value[:1] else value)
+            for key, value in pairs}
+
+
+def platform_family(release: Dict[str, str]) -> Optional[str]:
+    names = [release.get('ID', '')] + release.get('ID_LIKE', '').split()
+    return next((PLATFORM_FAMILIES[name] for name in names if name in PLATFORM_FAMILIES), names[0] or None)
+
+
+def platform_version(release: Dict[str, str], debian_version: Optional[str]) -> Optional[str]:
+    """VERSION_ID; Debian's has no point release, /etc/debian_version does ("12.11"; on testing "trixie/sid")."""
+    if release.get('ID') == 'debian' and debian_version and debian_version[0].isdigit():
+        return debian_version
+    return release.get('VERSION_ID')
+
+
+def collect_host_id(roots: Roots) -> Optional[str]:
+    """What stays when the host is renamed: the machine's, else the installation's, else at least this boot's."""
+    host_id = (read_line(roots.sysfs, 'class/dmi/id/product_uuid') or read_line(roots.rootfs, 'etc/machine-id')
+               or read_line(roots.procfs, 'sys/kernel/random/boot_id'))
+    return host_id and host_id.lower()
+
+
+def collect_system(roots: Roots, before: None) -> Tuple[Fields, None]:
+    release = parse_os_release(read_text(roots.rootfs, 'etc/os-release')
+                               or read_text(roots.rootfs, 'usr/lib/os-release') or '')
+    uptime = read_line(roots.procfs, 'uptime')
+    return {
+        'hostname': read_line(roots.procfs, 'sys/kernel/hostname'),
+        'uptime': parse_uptime(uptime) if uptime else None,
+        'os': 'linux',
+        'platform': release.get('ID'),
+        'platform_family': platform_family(release),
+        'platform_version': platform_version(release, read_line(roots.rootfs, 'etc/debian_version')),
+        'kernel_version': read_line(roots.procfs, 'sys/kernel/osrelease'),
+        # The file came with Linux 6.1.
+        'kernel_arch': read_line(roots.procfs, 'sys/kernel/arch') or os.uname().machine,
+        'host_id': collect_host_id(roots),
+    }, None
+
+
+def parse_uptime(text: str) -> int:
+    """/proc/uptime: seconds since boot, and the idle seconds of all CPUs: `350735.47 234388.90`."""
+    return parse_lines('uptime', text.splitlines()[:1], lambda line: int(float(line.split()[0])))[0]
+
+
+# --- node
+
+class Part(NamedTuple):
+    """What a cycle gets from one side: a message, what to hand back next cycle, and by subject what failed."""
+    message: Any
+    after: Any
+    failures: Dict[str, str]
+
+
+def node_subjects(top_n: int) -> Dict[str, Callable[[Roots, Any], Tuple[Fields, Any]]]:
+    """The subjects of NodeMetrics. Each takes what it gave the last time, or None, and gives its fields and that."""
+    return {
+        'system': collect_system,
+        'cpu': collect_cpu,
+        'memory': collect_memory,
+        'pressure': collect_pressure,
+        'processes': functools.partial(collect_processes, top_n=top_n),
+        'file systems': collect_disk_usages,
+        'disk I/O': collect_disk_io,
+        'network': collect_network,
+    }
+
+
+def collect_node(roots: Roots, before: Dict[str, Any], top_n: int) -> Part:
+    """All subjects. One that is malformed or unreadable is left out, and the rest goes out without it."""
+    node, after, failures = wire.NodeMetrics(), {}, {}
+    for subject, collect in node_subjects(top_n).items():
+        try:
+            fields, after[subject] = collect(roots, before.get(subject))
+            node.MergeFrom(wire.NodeMetrics(**fields))
+        except (ValueError, OSError) as error:
+            failures[subject] = str(error)
+    return Part(node, after, failures)
+
+
+# --- container runtime
+
+# cri-api: the same messages under two names; v1alpha2 is all that containerd before 1.6 and old cri-dockerd have.
+CRI_SERVICES = ('runtime.v1.RuntimeService', 'runtime.v1alpha2.RuntimeService')
+# The methods the agent calls. They only read.
+CRI_ANSWERS = {
+    'Version': cri.VersionResponse,
+    'ListPodSandbox': cri.ListPodSandboxResponse,
+    'ListContainers': cri.ListContainersResponse,
+    'ListContainerStats': cri.ListContainerStatsResponse,
+}
+CRI_SOCKETS = (
+    '/run/containerd/containerd.sock',
+    '/run/k3s/containerd/containerd.sock',
+    '/run/k0s/containerd.sock',
+    '/var/snap/microk8s/common/run/containerd.sock',
+    '/run/crio/crio.sock',
+    '/run/cri-dockerd.sock',
+    '/run/k3s/cri-dockerd/cri-dockerd.sock',
+    '/run/dockershim.sock',
+)
+CRI_CHANNEL_OPTIONS = (
+    ('grpc.max_receive_message_length', 64 << 20),
+    # The default authority is the percent-encoded socket path, which strict servers reject.
+    ('grpc.default_authority', 'localhost'),
+    ('grpc.enable_http_proxy', 0),
+    # Channels to one socket would otherwise share its back-off, which grows to two minutes.
+    ('grpc.use_local_subchannel_pool', 1),
+    ('grpc.max_reconnect_backoff_ms', 10_000),
+)
+# No call is given less than this, however little of the cycle is left.
+CRI_SHORTEST_TIMEOUT_SECONDS = 0.1
+
+
+class CriError(Exception):
+    """A call of the runtime that failed: why, and gRPC's status code, None where there was nothing to call."""
+
+    def __init__(self, text: str, code: Optional[grpc.StatusCode] = None):
+        super().__init__(text)
+        self.code = code
+
+
+class Runtime(NamedTuple):
+    """A runtime that has answered: how it is reached, and what it calls itself."""
+    channel: grpc.Channel
+    socket: str
+    # Tells this socket from its successor under the same path.
+    inode: Tuple[int, int]
+    service: str
+    name: str
+    version: str
+
+
+def parse_endpoint_flag(text: str) -> Optional[str]:
+    """--container-runtime-endpoint in the kubelet's command line (NUL-separated) or in kubeadm-flags.env."""
+    match = re.search(r'--container-runtime-endpoint[=\s\0]+"?([^\s"\0]+)', text)
+    return match and match.group(1)
+
+
+def parse_endpoint_setting(text: str) -> Optional[str]:
+    """`containerRuntimeEndpoint: unix:///run/x.sock` (kubelet's config.yaml), `runtime-endpoint: ...` (crictl.yaml)."""
+    match = re.search(r'^(?:containerRuntimeEndpoint|runtime-endpoint):[ \t]*["\']?([^\s"\']+)', text, re.MULTILINE)
+    return match and match.group(1)
+
+
+def read_kubelet_command_line(roots: Roots) -> Optional[str]:
+    for name in read_names(roots.procfs, ''):
+        if name.isdecimal() and read_line(roots.procfs, f'{name}/comm') == 'kubelet':
+            return read_text(roots.procfs, f'{name}/cmdline')
+    return None
+
+
+def collect_endpoints(roots: Roots, explicit: Optional[str]) -> List[str]:
+    """Paths where the runtime's socket may be, likeliest first: the one that was named, or else every known place."""
+    if explicit:
+        return [explicit.replace('unix://', '', 1)]
+    configured = (
+        parse_endpoint_flag(read_kubelet_command_line(roots) or ''),
+        parse_endpoint_setting(read_text(roots.rootfs, 'var/lib/kubelet/config.yaml') or ''),
+        parse_endpoint_flag(read_text(roots.rootfs, 'var/lib/kubelet/kubeadm-flags.env') or ''),
+        parse_endpoint_setting(read_text(roots.rootfs, 'etc/crictl.yaml') or ''),
+    )
+    paths = [endpoint.replace('unix://', '', 1) for endpoint in configured if endpoint] + list(CRI_SOCKETS)
+    return list(dict.fromkeys(os.path.realpath(roots.rootfs.rstrip('/') + path) for path in paths))
+
+
+def read_socket_inode(path: str) -> Optional[Tuple[int, int]]:
+    """Device and inode of a socket; None where there is no socket."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return (status.st_dev, status.st_ino) if stat.S_ISSOCK(status.st_mode) else None
+
+
+def start_call(channel: grpc.Channel, service: str, method: str, timeout: float) -> grpc.Future:
+    """Begin a call; its empty request asks for everything. `fetch` waits for the answer."""
+    decode = CRI_ANSWERS[method].FromString
+    return channel.unary_unary(f'/{service}/{method}', response_deserializer=decode).future(b'', timeout=timeout)
+
+
+def fetch(call: grpc.Future, method: str) -> Any:
+    """The answer to a call that has begun, or CriError."""
+    try:
+        return call.result()
+    except grpc.RpcError as error:
+        raise CriError(f'{method}: {error.code().name}: {error.details()}', error.code()) from None
+
+
+def seconds_until(deadline: float) -> float:
+    """What is left until an instant of the monotonic clock, and never so little that a call cannot succeed."""
+    return max(CRI_SHORTEST_TIMEOUT_SECONDS, deadline - time.monotonic())
+
+
+def fetch_now(runtime: Runtime, method: str, deadline: float) -> Any:
+    return fetch(start_call(runtime.channel, runtime.service, method, seconds_until(deadline)), method)
+
+
+def probe_versions(channels: Dict[str, grpc.Channel], deadline: float) -> Tuple[List[Runtime], Dict[str, str]]:
+    """The runtimes that answer Version, all asked at once, and by socket why the others do not."""
+    runtimes, reasons, waiting = [], {}, list(channels)
+    for service in CRI_SERVICES:
+        timeout = seconds_until(deadline) / 2
+        calls = {path: start_call(channels[path], service, 'Version', timeout) for path in waiting}
+        waiting = []
+        for path, call in calls.items():
+            try:
+                version = fetch(call, 'Version')
+            except CriError as error:
+                reasons[path] = str(error)
+                if error.code is grpc.StatusCode.UNIMPLEMENTED:
+                    waiting.append(path)
+            else:
+                runtimes.append(Runtime(channels[path], path, read_socket_inode(path), service,
+                                        version.runtime_name, version.runtime_version))
+    return runtimes, reasons
+
+
+def has_sandboxes(runtime: Runtime, deadline: float) -> bool:
+    try:
+        return bool(fetch_now(runtime, 'ListPodSandbox', deadline).items)
+    except CriError:
+        return False
+
+
+def find_runtime(paths: Sequence[str], deadline: float) -> Runtime:
+    """The first runtime that answers; of several, the first that has sandboxes. CriError says what was tried."""
+    channels = {path: grpc.insecure_channel(f'unix:{path}', CRI_CHANNEL_OPTIONS)
+                for path in paths if read_socket_inode(path)}
+    if not channels:
+        raise CriError(f'none found: no socket at {paths[0]}' if len(paths) == 1 else
+                       'none found: no socket at any of the usual paths (--cri-socket names another)')
+    runtimes, reasons = probe_versions(channels, deadline)
+    candidates = runtimes if len(runtimes) < 2 else [runtime for runtime in runtimes if has_sandboxes(runtime, deadline)]
+    chosen = (candidates or runtimes or [None])[0]
+    for path, channel in channels.items():
+        if chosen is None or path != chosen.socket:
+            channel.close()
+    if chosen is None:
+        raise CriError('none answers: ' + '; '.join(f'{path}: {reason}' for path, reason in reasons.items()))
+    log.info('container runtime: %s %s at %s (%s)', chosen.name, chosen.version, chosen.socket, chosen.service)
+    return chosen
+
+
+# --- pods and containers
+
+# A statistics call may take longer than a cycle: a later cycle picks its answer up, and none is started beside it.
+STATS_TIMEOUT_SECONDS = 10
+# More than any machine has; containerd 1.6 says 2**63 while it tears a container down.
+SANE_NANO_CORES = 10_000 * 10**9
+
+
+class CpuUsage(NamedTuple):
+    """CPU time of a container since its start, at a Unix time."""
+    timestamp_ns: int
+    usage_ns: int
+
+
+class PodsMemory(NamedTuple):
+    """What the pods' side keeps from cycle to cycle."""
+    runtime: Optional[Runtime] = None
+    stats_call: Optional[grpc.Future] = None
+    cpu_usage: Dict[str, CpuUsage] = {}
+
+
+class Inventory(NamedTuple):
+    """What the runtime said in one cycle."""
+    sandboxes: Sequence[cri.PodSandbox]
+    containers: Sequence[cri.Container]
+    stats: Sequence[cri.ContainerStats]
+
+
+def cpu_usage(stats: cri.ContainerStats, before: Optional[CpuUsage]) -> Optional[CpuUsage]:
+    """The container's CPU time; None where it is unknown or went backwards, as in a container being torn down."""
+    if not stats.cpu.HasField('usage_core_nano_seconds'):
+        return None
+    usage = CpuUsage(stats.cpu.timestamp, stats.cpu.usage_core_nano_seconds.value)
+    return None if before and usage.usage_ns < before.usage_ns else usage
+
+
+def nano_cores(before: CpuUsage, after: CpuUsage) -> Optional[int]:
+    """CPU time per wall time between two samples, in 1e-9 cores; None without a step forward in time."""
+    elapsed_ns = after.timestamp_ns - before.timestamp_ns
+    return (after.usage_ns - before.usage_ns) * 10**9 // elapsed_ns if elapsed_ns > 0 else None
+
+
+def runtime_nano_cores(stats: cri.ContainerStats) -> Optional[int]:
+    """The runtime's own rate, which another poller may have spoiled; its 0 may mean that it has none yet."""
+    value = stats.cpu.usage_nano_cores.value
+    return value if 0 < value < SANE_NANO_CORES else None
+
+
+def enum_name(enum: Any, number: int) -> str:
+    return enum.Name(number) if number in enum.values() else str(number)
+
+
+def build_uint64_value(message: Any, field: str) -> Optional[UInt64Value]:
+    """CRI's own wrapper as the well-known one; None where the runtime left it out."""
+    return UInt64Value(value=getattr(message, field).value) if message.HasField(field) else None
+
+
+def build_cpu_metrics(usage: CpuUsage, rate: Optional[int]) -> wire.CpuMetrics:
+    return wire.CpuMetrics(
+        timestamp=usage.timestamp_ns, usage_nano_cores=None if rate is None else UInt64Value(value=rate),
+        usage_core_nano_seconds=UInt64Value(value=usage.usage_ns))
+
+
+def build_memory_metrics(memory: cri.MemoryUsage) -> wire.MemoryMetrics:
+    return wire.MemoryMetrics(
+        timestamp=memory.timestamp,
+        working_set_bytes=build_uint64_value(memory, 'working_set_bytes'),
+        available_bytes=build_uint64_value(memory, 'available_bytes'),
+        usage_bytes=build_uint64_value(memory, 'usage_bytes'),
+        rss_bytes=build_uint64_value(memory, 'rss_bytes'),
+        page_faults=build_uint64_value(memory, 'page_faults'),
+        major_page_faults=build_uint64_value(memory, 'major_page_faults'))
+
+
+def build_file_system_metrics(layer: cri.FilesystemUsage) -> wire.FileSystemMetrics:
+    return wire.FileSystemMetrics(
+        timestamp=layer.timestamp, mountpoint=layer.fs_id.mountpoint,
+        used_bytes=build_uint64_value(layer, 'used_bytes'), inodes_used=build_uint64_value(layer, 'inodes_used'))
+
+
+def build_swap_metrics(swap: cri.SwapUsage) -> wire.SwapMetrics:
+    return wire.SwapMetrics(
+        timestamp=swap.timestamp, available_bytes=build_uint64_value(swap, 'swap_available_bytes'),
+        usage_bytes=build_uint64_value(swap, 'swap_usage_bytes'))
+
+
+def build_container(container: cri.Container, stats: cri.ContainerStats, usage: Optional[CpuUsage],
+                    rate: Optional[int]) -> wire.ContainerMetrics:
+    """One container. A writable layer with timestamp 0 has not been measured yet (containerd's first 10 s)."""
+    return wire.ContainerMetrics(
+        id=container.id, name=container.metadata.name,
+        image=container.image.user_specified_image or container.image.image,
+        created_at=container.created_at, state=enum_name(cri.ContainerState, container.state),
+        attempt=container.metadata.attempt,
+        cpu_metrics=build_cpu_metrics(usage, rate) if usage else None,
+        memory_metrics=build_memory_metrics(stats.memory) if stats.HasField('memory') else None,
+        file_system_metrics=build_file_system_metrics(stats.writable_layer) if stats.writable_layer.timestamp else None,
+        swap_metrics=build_swap_metrics(stats.swap) if stats.HasField('swap') else None)
+
+
+def build_pod(sandbox: cri.PodSandbox, containers: List[wire.ContainerMetrics]) -> wire.PodMetrics:
+    return wire.PodMetrics(
+        id=sandbox.id, uid=sandbox.metadata.uid, name=sandbox.metadata.name, namespace=sandbox.metadata.namespace,
+        created_at=sandbox.created_at, state=enum_name(cri.PodSandboxState, sandbox.state),
+        attempt=sandbox.metadata.attempt, container_metrics=containers)
+
+
+def build_pods(inventory: Inventory, before: Dict[str, CpuUsage]) -> Tuple[List[wire.PodMetrics], Dict[str, CpuUsage]]:
+    """Every READY sandbox with all its containers, in an order of our own (the runtime's changes from call to
+    call); and the CPU samples for the next cycle, those of containers without statistics in this one included."""
+    stats_by_id = {stats.attributes.id: stats for stats in inventory.stats}
+    after, by_sandbox = {}, collections.defaultdict(list)
+    for container in sorted(inventory.containers, key=lambda container: (container.created_at, container.id)):
+        stats, earlier = stats_by_id.get(container.id, NO_STATS), before.get(container.id)
+        usage = cpu_usage(stats, earlier)
+        rate = (nano_cores(earlier, usage) if earlier else runtime_nano_cores(stats)) if usage else None
+        by_sandbox[container.pod_sandbox_id].append(build_container(container, stats, usage, rate))
+        if usage or earlier:
+            after[container.id] = usage or earlier
+    ready = [sandbox for sandbox in inventory.sandboxes if sandbox.state == cri.SANDBOX_READY]
+    ready.sort(key=lambda sandbox: (sandbox.metadata.namespace, sandbox.metadata.name, sandbox.created_at))
+    return [build_pod(sandbox, by_sandbox[sandbox.id]) for sandbox in ready], after
+
+
+NO_STATS = cri.ContainerStats()
+
+
+def call_finished(call: grpc.Future, deadline: float) -> bool:
+    """Wait for the call until then."""
+    try:
+        call.exception(timeout=seconds_until(deadline))
+    except grpc.FutureTimeoutError:
+        return False
+    return True
+
+
+def fetch_stats(runtime: Runtime, call: Optional[grpc.Future], deadline: float,
+                ) -> Tuple[Sequence[cri.ContainerStats], Optional[grpc.Future], Optional[str]]:
+    """The statistics; or none, the call that is still under way, and why there are none.
+
+    containerd before 2.1 fails the whole call when one container vanishes during it: it is tried once more, at once.
+    """
+    failure = None
+    for _ in range(2):
+        call = call or start_call(runtime.channel, runtime.service, 'ListContainerStats', STATS_TIMEOUT_SECONDS)
+        if not call_finished(call, deadline):
+            return (), call, 'ListContainerStats: no answer in time'
+        try:
+            return fetch(call, 'ListContainerStats').stats, None, None
+        except CriError as error:
+            call, failure = None, str(error)
+            if error.code is grpc.StatusCode.DEADLINE_EXCEEDED:
+                break
+    return (), None, failure
+
+
+def forget_runtime(memory: PodsMemory) -> PodsMemory:
+    """Close the connection, so that the next cycle looks for a runtime again; the CPU samples stay good."""
+    if memory.runtime:
+        memory.runtime.channel.close()
+    return memory._replace(runtime=None, stats_call=None)
+
+
+def fetch_inventory(runtime: Runtime, stats_call: Optional[grpc.Future], deadline: float,
+                    ) -> Tuple[Inventory, Optional[grpc.Future], Optional[str]]:
+    """What the runtime has; the statistics call that is still under way, and why there are no statistics."""
+    sandboxes = fetch_now(runtime, 'ListPodSandbox', deadline).items
+    containers = fetch_now(runtime, 'ListContainers', deadline).containers
+    stats, stats_call, failure = fetch_stats(runtime, stats_call, deadline)
+    return Inventory(sandboxes, containers, stats), stats_call, failure
+
+
+def keep_runtime(roots: Roots, socket_path: Optional[str], memory: PodsMemory, deadline: float) -> PodsMemory:
+    """The connection of the last cycle, unless the socket is another one by now; or a new one. CriError: there is none."""
+    if memory.runtime and read_socket_inode(memory.runtime.socket) != memory.runtime.inode:
+        memory = forget_runtime(memory)
+    if memory.runtime is None:
+        memory = memory._replace(runtime=find_runtime(collect_endpoints(roots, socket_path), deadline))
+    return memory
+
+
+def collect_pods(roots: Roots, socket_path: Optional[str], memory: PodsMemory, deadline: float) -> Part:
+    """The pods, as far as the runtime tells of them before the deadline (an instant of the monotonic clock).
+
+    A runtime that is only late keeps its connection: each new one would wait in the socket of a stopped runtime.
+    """
+    try:
+        memory = keep_runtime(roots, socket_path, memory, deadline)
+        inventory, stats_call, failure = fetch_inventory(memory.runtime, memory.stats_call, deadline)
+        pods, usage = build_pods(inventory, memory.cpu_usage)
+    except CriError as error:
+        late = error.code is grpc.StatusCode.DEADLINE_EXCEEDED
+        return Part([], memory if late else forget_runtime(memory), {'container runtime': str(error)})
+    return Part(pods, PodsMemory(memory.runtime, stats_call, usage), {'container statistics': failure} if failure else {})
+
+
+# --- snapshot
+
+# How much of a cycle the runtime may take, and never more than so long.
+CRI_SHARE_OF_CYCLE = 0.8
+CRI_LONGEST_SECONDS = 4
+
+
+class Memory(NamedTuple):
+    """What the next cycle needs from this one."""
+    node: Dict[str, Any] = {}
+    pods: PodsMemory = PodsMemory()
+
+
+def build_metrics(timestamp: int, node: wire.NodeMetrics, pods: List[wire.PodMetrics]) -> wire.Metrics:
+    return wire.Metrics(timestamp=timestamp, node_metrics=node, pod_metrics=pods)
+
+
+def collect_snapshot(roots: Roots, options: argparse.Namespace, before: Memory,
+                     pods_thread: concurrent.futures.Executor) -> Part:
+    """One Metrics message: the runtime answers while the node is read."""
+    timestamp = int(time.time())
+    patience = min(CRI_LONGEST_SECONDS, options.main_loop_duration * CRI_SHARE_OF_CYCLE)
+    pods_later = pods_thread.submit(collect_pods, roots, options.cri_socket, before.pods, time.monotonic() + patience)
+    node = collect_node(roots, before.node, options.top_n)
+    pods = pods_later.result()
+    return Part(build_metrics(timestamp, node.message, pods.message), Memory(node.after, pods.after),
+                {**node.failures, **pods.failures})
+
+
+def log_changes(before: Dict[str, str], now: Dict[str, str]) -> None:
+    """A trouble is logged when it begins and when it ends."""
+    for subject in now.keys() - before.keys():
+        log.warning('%s: %s', subject, now[subject])
+    for subject in before.keys() - now.keys():
+        log.info('%s: well again', subject)
+
+
+# --- backlog
+
+# The relay refuses a larger message (grpc-go's default) and ends the stream: those behind it would never arrive.
+MAX_SNAPSHOT_BYTES = 4 << 20
+MAX_STREAM_SNAPSHOTS = 50
+
+
+class Snapshot(NamedTuple):
+    """A serialised Metrics message, and when it was taken by the monotonic clock."""
+    taken: float
+    data: bytes
+
+
+class Backlog:
+    """The snapshots that the relay has not acknowledged, oldest first, between the collecting thread and the sending one."""
+
+    def __init__(self, retention_seconds: float):
+        self.retention_seconds = retention_seconds
+        self.snapshots: Deque[Snapshot] = collections.deque()
+        self.changed = threading.Condition()
+        self.closing = threading.Event()
+        self.call: Optional[grpc.Future] = None
+        self.dropped = 0
+
+
+def drop_expired(backlog: Backlog, now: float) -> int:
+    """Drop what is older than the retention, and count it. The caller holds the lock."""
+    dropped = 0
+    while backlog.snapshots and now - backlog.snapshots[0].taken > backlog.retention_seconds:
+        backlog.snapshots.popleft()
+        dropped += 1
+    backlog.dropped += dropped
+    return dropped
+
+
+def add_snapshot(backlog: Backlog, data: bytes) -> Dict[str, str]:
+    """Put a snapshot at the end; gives what had to be dropped, by trouble."""
+    now, failures = time.monotonic(), {}
+    with backlog.changed:
+        if drop_expired(backlog, now):
+            failures['backlog'] = f'full: dropping what is older than {backlog.retention_seconds / 60:g} min'
+        if len(data) > MAX_SNAPSHOT_BYTES:
+            backlog.dropped += 1
+            failures['snapshot'] = f'dropped: its {len(data)} bytes exceed the {MAX_SNAPSHOT_BYTES} that the relay accepts'
+        else:
+            backlog.snapshots.append(Snapshot(now, data))
+            backlog.changed.notify()
+    return failures
+
+
+def next_batch(backlog: Backlog, limit: int) -> List[Snapshot]:
+    """Wait for snapshots, and give the oldest of them; none when the backlog is closing and empty."""
+    with backlog.changed:
+        while not backlog.snapshots and not backlog.closing.is_set():
+            backlog.changed.wait()
+            drop_expired(backlog, time.monotonic())
+        return [backlog.snapshots[i] for i in range(min(limit, len(backlog.snapshots)))]
+
+
+def forget_snapshots(backlog: Backlog, batch: Sequence[Snapshot]) -> None:
+    """Remove what has been delivered (or can't be); some of it may have been dropped meanwhile."""
+    with backlog.changed:
+        while backlog.snapshots and backlog.snapshots[0].taken <= batch[-1].taken:
+            backlog.snapshots.popleft()
+
+
+# --- relay
+
+SEND_METRICS = '/metrics.MetricsService/SendMetrics'
+SEND_TIMEOUT_SECONDS = 20
+BACKOFF_FIRST_SECONDS, BACKOFF_LONGEST_SECONDS = 0.5, 30
+LAST_ATTEMPT_SECONDS = 5
+
+
+class Refusal(NamedTuple):
+    """Why the relay has not acknowledged a batch."""
+    code: Optional[grpc.StatusCode]
+    details: str
+
+
+def backoff_seconds(failures: int) -> float:
+    """Exponential back-off with full jitter after so many failures in a row."""
+    return random.uniform(0, min(BACKOFF_LONGEST_SECONDS, BACKOFF_FIRST_SECONDS * 2 ** min(failures, 16)))
+
+
+def is_too_large(refusal: Refusal) -> bool:
+    """grpc-go says `received message larger than max`, the C core `Received message larger than max`."""
+    return refusal.code is grpc.StatusCode.RESOURCE_EXHAUSTED and 'message larger than max' in refusal.details
+
+
+def relay_channel(address: str) -> grpc.Channel:
+    """No keepalive: the relay ends connections that ping it; the deadline of each stream finds a dead one."""
+    options = [('grpc.use_local_subchannel_pool', 1)]
+    if re.match(r'(localhost|127\.[\d.]+|\[::1\]):', address):
+        options.append(('grpc.enable_http_proxy', 0))
+    return grpc.insecure_channel(address, options)
+
+
+def send_batch(channel: grpc.Channel, backlog: Backlog, batch: Sequence[Snapshot]) -> Optional[Refusal]:
+    """One SendMetrics stream. None: the relay has acknowledged the batch, all of it."""
+    call = channel.stream_unary(SEND_METRICS).future(iter([snapshot.data for snapshot in batch]),
+                                                     timeout=SEND_TIMEOUT_SECONDS)
+    backlog.call = call
+    try:
+        call.result()
+        return None
+    except grpc.FutureCancelledError:
+        return Refusal(grpc.StatusCode.CANCELLED, 'stopped before the relay had answered')
+    except grpc.RpcError as error:
+        return Refusal(error.code(), error.details() or '')
+
+
+def next_batch_limit(limit: int, refusal: Optional[Refusal]) -> int:
+    """How many snapshots to send at once: fewer when they were too many for the link or one was too large."""
+    if refusal is None:
+        return min(MAX_STREAM_SNAPSHOTS, limit * 2)
+    if is_too_large(refusal):
+        return 1
+    return max(1, limit // 2) if refusal.code is grpc.StatusCode.DEADLINE_EXCEEDED else limit
+
+
+def settle(backlog: Backlog, batch: Sequence[Snapshot], refusal: Optional[Refusal]) -> bool:
+    """Forget a batch that was acknowledged, or is a single snapshot that this relay will never accept."""
+    if refusal is not None:
+        if not is_too_large(refusal) or len(batch) > 1:
+            return False
+        backlog.dropped += 1
+        log.error('relay: a snapshot of %d bytes is dropped: %s', len(batch[0].data), refusal.details)
+    forget_snapshots(backlog, batch)
+    return True
+
+
+def deliver(backlog: Backlog, address: str) -> None:
+    """The sending thread: send the backlog until it closes, with a pause after each failure and one last attempt."""
+    channel, failures, limit = None, 0, MAX_STREAM_SNAPSHOTS
+    while True:
+        batch = next_batch(backlog, limit)
+        if not batch:
+            break
+        last_attempt = backlog.closing.is_set()
+        channel = channel or relay_channel(address)
+        refusal = send_batch(channel, backlog, batch)
+        limit = next_batch_limit(limit, refusal)
+        if settle(backlog, batch, refusal):
+            if failures:
+                log.info('relay %s: acknowledges again', address)
+            failures = 0
+            continue
+        # A connection that looks alive may be dead: the next attempt makes its own.
+        channel.close()
+        channel, failures = None, failures + 1
+        if failures == 1:
+            log.warning('relay %s: %s: %s', address, refusal.code.name, refusal.details)
+        if last_attempt:
+            break
+        backlog.closing.wait(backoff_seconds(failures))
+    if channel:
+        channel.close()
+
+
+def start_delivery(backlog: Backlog, address: str) -> threading.Thread:
+    sender = threading.Thread(target=deliver, args=(backlog, address), name='deliver', daemon=True)
+    sender.start()
+    return sender
+
+
+def close_backlog(backlog: Backlog, sender: threading.Thread, patience_seconds: float) -> int:
+    """Give the sender one last attempt; how many snapshots it could not deliver."""
+    with backlog.changed:
+        backlog.closing.set()
+        backlog.changed.notify()
+    sender.join(patience_seconds)
+    if sender.is_alive() and backlog.call:
+        backlog.call.cancel()
+        sender.join(1)
+    return len(backlog.snapshots)
+
+
+# --- output
+
+def render_json(metrics: wire.Metrics) -> str:
+    """One line: the proto3 mapping with the proto's field names. What is absent on the wire is absent here."""
+    document = json_format.MessageToDict(metrics, preserving_proto_field_name=True,
+                                         always_print_fields_with_no_presence=True)
+    return json.dumps(document, ensure_ascii=False)
+
+
+def printable(text: str) -> str:
+    """Names are the processes' and the pods' own choice: nothing in them may reach the terminal as a control code."""
+    return ''.join(char if char.isprintable() else '?' for char in text)
+
+
+def human_bytes(number: float) -> str:
+    for unit in ('B', 'KiB', 'MiB', 'GiB'):
+        if number < 1024:
+            return f'{number:.0f} {unit}' if unit == 'B' else f'{number:.1f} {unit}'
+        number /= 1024
+    return f'{number:.1f} TiB'
+
+
+def human_seconds(seconds: int) -> str:
+    minutes = seconds // 60
+    if minutes < 60:
+        return f'{minutes} min'
+    return f'{minutes // 60} h {minutes % 60} min' if minutes < 48 * 60 else f'{minutes // 1440} d {minutes // 60 % 24} h'
+
+
+def render_columns(header: Sequence[str], rows: Iterable[Sequence[str]]) -> List[str]:
+    """A blank line and a table under its header, each column as wide as its widest cell: the first one to the left,
+    numbers to the right. Nothing where there are no rows."""
+    cells = [tuple(map(printable, row)) for row in rows]
+    if not cells:
+        return []
+    widths = [max(map(len, column)) for column in zip(header, *cells)]
+    right = [index > 0 and all(row[index][:1].isdigit() or row[index] in ('', '-') for row in cells)
+             for index in range(len(header))]
+    return [''] + ['  '.join(cell.rjust(width) if to_right else cell.ljust(width)
+                             for cell, width, to_right in zip(row, widths, right)).rstrip()
+                   for row in (header, *cells)]
+
+
+def render_node(node: wire.NodeMetrics) -> List[str]:
+    """The node in a few lines; what is not known is left out."""
+    name = ' '.join(filter(None, (node.platform, node.platform_version)))
+    kernel = ' '.join(filter(None, ('Linux', node.kernel_version, node.kernel_arch)))
+    uptime = f'up {human_seconds(node.uptime)}' if node.HasField('uptime') else ''
+    lines = ['  '.join(map(printable, filter(None, (node.hostname or 'node', name, kernel, uptime, node.primary_ipv4.value,
+                                                    node.primary_ipv6.value))))]
+    if node.cpu_infos:
+        model = f' ({printable(node.cpu_infos[0].model)})' if node.cpu_infos[0].model else ''
+        busy = f'{node.total_cpu_percentage:.1f} % of ' if node.HasField('total_cpu_percentage') else ''
+        lines.append(f'cpu      {busy}{len(node.cpu_infos)} CPUs{model}, {node.procs} processes')
+    if node.HasField('total_memory'):
+        lines.append(f'memory   {node.memory_used_perc:.1f} % used: {human_bytes(node.used_memory)} of '
+                     f'{human_bytes(node.total_memory)}, {human_bytes(node.available_memory)} available')
+    if node.HasField('net_usage'):
+        lines.append(f'network  {human_bytes(node.net_usage.total_bytes_received)} received, '
+                     f'{human_bytes(node.net_usage.total_bytes_sent)} sent since boot')
+    if node.HasField('disk_io_summary'):
+        lines.append(f'disks    {human_bytes(node.disk_io_summary.total_read_bytes)} read, '
+                     f'{human_bytes(node.disk_io_summary.total_write_bytes)} written since boot')
+    return lines
+
+
+def render_pressure(node: wire.NodeMetrics) -> List[str]:
+    rows = [(f'{resource} {kind}', *(f'{average.value:.2f} %' for average in (data.avg10, data.avg60, data.avg300)))
+            for resource, psi in (('cpu', node.psi_cpu_metrics), ('memory', node.psi_memory_metrics),
+                                  ('io', node.psi_io_metrics))
+            for kind, data in (('some', psi.some), ('full', psi.full)) if data.HasField('total')]
+    return render_columns(('PRESSURE', '10 s', '60 s', '300 s'), rows)
+
+
+def render_disk_usages(node: wire.NodeMetrics) -> List[str]:
+    rows = [(disk.mountpoint, disk.device, disk.fstype, human_bytes(disk.total), human_bytes(disk.used),
+             human_bytes(disk.free), f'{disk.used_percent:.1f} %') for disk in node.disk_usages]
+    return render_columns(('FILE SYSTEM', 'DEVICE', 'TYPE', 'SIZE', 'USED', 'FREE', 'USE%'), rows)
+
+
+def render_processes(node: wire.NodeMetrics) -> List[str]:
+    return render_columns(('PROCESS', 'PID', 'RSS'), [(process.name, str(process.pid), human_bytes(process.memory))
+                                                      for process in node.processes_mem_info])
+
+
+def container_cpu(container: wire.ContainerMetrics) -> int:
+    return container.cpu_metrics.usage_nano_cores.value
+
+
+def render_container(container: wire.ContainerMetrics) -> Tuple[str, ...]:
+    cpu, memory, layer = container.cpu_metrics, container.memory_metrics, container.file_system_metrics
+    return (f'  {container.name}', container.state.replace('CONTAINER_', '').lower(), str(container.attempt),
+            f'{cpu.usage_nano_cores.value / 1e6:.0f} m' if cpu.HasField('usage_nano_cores') else '-',
+            human_bytes(memory.working_set_bytes.value) if memory.HasField('working_set_bytes') else '-',
+            human_bytes(layer.used_bytes.value) if layer.HasField('used_bytes') else '-')
+
+
+def render_pods(pods: Iterable[wire.PodMetrics]) -> List[str]:
+    """The pods by CPU, and below each its containers by CPU."""
+    rows = []
+    for pod in sorted(pods, key=lambda pod: -sum(map(container_cpu, pod.container_metrics))):
+        rows.append((f'{pod.namespace}/{pod.name}', '', '', '', '', ''))
+        rows += map(render_container, sorted(pod.container_metrics, key=container_cpu, reverse=True))
+    return render_columns(('POD, CONTAINER', 'STATE', 'ATTEMPT', 'CPU', 'MEMORY', 'LAYER'), rows)
+
+
+def render_table(metrics: wire.Metrics) -> str:
+    """A snapshot for people. CPU in thousandths of a core; MEMORY is the working set, LAYER the writable layer."""
+    node = metrics.node_metrics
+    return '\n'.join(render_node(node) + render_pressure(node) + render_disk_usages(node) + render_processes(node)
+                     + render_pods(metrics.pod_metrics)) + '\n'
+
+
+RENDERERS = {'table': render_table, 'json': render_json}
+
+
+# --- log
+
+DEFAULT_LOG_FILE = '/var/log/kubensage/kubensage-agent.log'
+# The default of --log-max-backups, 0, keeps all; logging.handlers wants a number.
+ALL_BACKUPS = 1000
+
+
+def rotate_log(source: str, destination: str, compress: bool, max_age_seconds: float) -> None:
+    """Move the full log file aside, compressed if so wished, and remove what has become too old."""
+    if compress:
+        with open(source, 'rb') as plain, gzip.open(destination, 'wb') as packed:
+            shutil.copyfileobj(plain, packed)
+        os.remove(source)
+    else:
+        os.rename(source, destination)
+    directory, name = os.path.split(re.sub(r'\.1(\.gz)?$', '', destination))
+    for backup in os.listdir(directory):
+        path = os.path.join(directory, backup)
+        if backup.startswith(f'{name}.') and time.time() - os.stat(path).st_mtime > max_age_seconds:
+            os.remove(path)
+
+
+def log_file_handler(options: argparse.Namespace, path: str) -> logging.Handler:
+    """Appends to the file; at --log-max-size it becomes PATH.1.gz, and so on. OSError where that cannot be written."""
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    handler = logging.handlers.RotatingFileHandler(
+        path, maxBytes=int(options.log_max_size * 1_000_000), backupCount=options.log_max_backups or ALL_BACKUPS,
+        encoding='utf-8')
+    if options.log_compress:
+        handler.namer = '{}.gz'.format
+    max_age_seconds = options.log_max_age * 86400 or math.inf
+    handler.rotator = functools.partial(rotate_log, compress=options.log_compress, max_age_seconds=max_age_seconds)
+    return handler
+
+
+def set_up_log(options: argparse.Namespace) -> None:
+    """To stderr; with a relay, where nobody may be watching, to a file as well. stdout is the snapshots' own."""
+    logging.Formatter.converter = time.gmtime
+    os.umask(0o027)
+    handlers: List[logging.Handler] = [logging.StreamHandler()]
+    path = options.log_file or (DEFAULT_LOG_FILE if options.relay_address else None)
+    failure = None
+    if path:
+        try:
+            handlers.append(log_file_handler(options, path))
+        except OSError as error:
+            failure = error
+    # A run from cron is silent unless something is wrong.
+    handlers[0].setLevel(logging.WARNING if options.once else logging.NOTSET)
+    logging.basicConfig(level=options.log_level.upper(), handlers=handlers, format='%(asctime)s %(levelname)s %(message)s',
+                        datefmt='%Y-%m-%dT%H:%M:%SZ')
+    # What grpc has to say comes back as a status of the call.
+    logging.getLogger('grpc').setLevel(logging.CRITICAL)
+    if failure:
+        log.warning('log file %s cannot be written (%s): logging to stderr alone', path, failure.strerror)
+
+
+# --- command line
+
+def argument_number(text: str, lowest: float, what: str, convert: Callable[[str], float] = int) -> float:
+    try:
+        number = convert(text)
+    except ValueError:
+        number = math.nan
+    if not lowest <= number < 1e9:
+        raise argparse.ArgumentTypeError(f'{text!r} is not {what}')
+    return number
+
+
+def argument_boolean(text: str) -> bool:
+    """As Go's flag package reads it."""
+    known = {'1': True, 't': True, 'true': True, '0': False, 'f': False, 'false': False}
+    if text.lower() not in known:
+        raise argparse.ArgumentTypeError(f'{text!r} is neither true nor false')
+    return known[text.lower()]
+
+
+def argument_address(text: str) -> str:
+    match = re.fullmatch(r'(\[[0-9A-Fa-f:.%\w]+\]|[^\s:/\[\]]+):(\d{1,5})', text)
+    if not match or not 0 < int(match.group(2)) < 65536:
+        raise argparse.ArgumentTypeError(f'{text!r} is not HOST:PORT (relay.example:50051, 192.0.2.1:50051, [2001:db8::1]:50051)')
+    return text
+
+
+def argument_choice(text: str, choices: Sequence[str]) -> str:
+    if text not in choices:
+        raise argparse.ArgumentTypeError(f'{text!r} is none of {", ".join(choices)}')
+    return text
+
+
+def number_from(lowest: float, what: str, convert: Callable[[str], float] = int) -> Callable[[str], float]:
+    return functools.partial(argument_number, lowest=lowest, what=what, convert=convert)
+
+
+def one_of(*choices: str) -> Callable[[str], str]:
+    return functools.partial(argument_choice, choices=choices)
+
+
+BOOLEAN: Dict[str, Any] = {'type': argument_boolean, 'nargs': '?', 'const': True, 'metavar': 'true|false'}
+
+# Each flag may also come from the environment: --relay-address as KUBENSAGE_RELAY_ADDRESS.
+FLAGS: Dict[str, Dict[str, Any]] = {
+    '--relay-address': dict(type=argument_address, metavar='HOST:PORT', help='deliver the snapshots to this relay'),
+    '--main-loop-duration': dict(type=number_from(0.1, 'a number of seconds, 0.1 or more', float), default=5.0,
+                                 metavar='SECONDS', help='time from one snapshot to the next'),
+    '--buffer-retention': dict(type=number_from(0.01, 'a number of minutes, above 0', float), default=10.0,
+                               metavar='MINUTES', help='how long a snapshot waits for a relay that is away'),
+    '--top-n': dict(type=number_from(0, 'a whole number, 0 or more'), default=10, metavar='N',
+                    help='how many of the largest processes to list'),
+    '--once': dict(BOOLEAN, default=False, help='take one snapshot, deliver or show it, and exit'),
+    '--output': dict(type=one_of('table', 'json'), metavar='table|json',
+                     help='how to show snapshots without a relay; by default a table on a terminal, else a JSON line each'),
+    '--cri-socket': dict(metavar='PATH', help="the container runtime's socket; by default it is looked for"),
+    '--procfs': dict(default='/proc', metavar='DIR', help="where the node's /proc is mounted"),
+    '--sysfs': dict(default='/sys', metavar='DIR', help="where the node's /sys is mounted"),
+    '--rootfs': dict(default='/', metavar='DIR', help="where the node's / is mounted"),
+    '--log-level': dict(type=one_of('debug', 'info', 'warning', 'error'), default='info',
+                        metavar='debug|info|warning|error', help='the least severe level to log'),
+    '--log-file': dict(metavar='PATH', help=f'log there as well as to stderr; with a relay {DEFAULT_LOG_FILE} by default'),
+    '--log-max-size': dict(type=number_from(0.001, 'a number of megabytes, above 0', float), default=10.0, metavar='MB',
+                           help='size at which the log file is rotated'),
+    '--log-max-backups': dict(type=number_from(0, 'a whole number, 0 or more'), default=5, metavar='N',
+                              help='rotated log files to keep; 0 keeps all'),
+    '--log-max-age': dict(type=number_from(0, 'a number of days, 0 or more', float), default=30.0, metavar='DAYS',
+                          help='age at which rotated log files are removed; 0 keeps them'),
+    '--log-compress': dict(BOOLEAN, default=True, help='compress rotated log files'),
+}
+
+
+def fail_usage(source: str, message: str) -> None:
+    """One line to stderr, exit code 2; instead of argparse's usage text."""
+    unknown = re.match(r'unrecognized arguments: (\S+)', message)
+    if unknown:
+        near = difflib.get_close_matches(unknown.group(1).partition('=')[0], [*FLAGS, '--version', '--help'], 1)
+        message = f'unknown argument {unknown.group(1)}; ' + (f'did you mean {near[0]}?' if near else '--help lists them all')
+    message = re.sub(r'^argument (--\S+): ', source or r'\1: ', message)
+    sys.stderr.write(f'kubensage-agent: {message}\n')
+    raise SystemExit(2)
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog='kubensage-agent', allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description='Reads this Kubernetes node, its pods and containers, and delivers a snapshot every few seconds to a '
+                    'relay; or, without a relay, shows it.',
+        epilog='Every flag can also come from the environment: KUBENSAGE_RELAY_ADDRESS for --relay-address. The command '
+               'line wins.')
+    for flag, settings in FLAGS.items():
+        parser.add_argument(flag, **settings)
+    parser.add_argument('--version', action='version', version=f'kubensage-agent {__version__}')
+    return parser
+
+
+def parse_options(arguments: Optional[Sequence[str]], environment: Dict[str, str]) -> argparse.Namespace:
+    """Flags from the environment first, so that those of the command line win. An empty variable is none."""
+    parser, options = argument_parser(), argparse.Namespace()
+    for flag in FLAGS:
+        variable = 'KUBENSAGE_' + flag[2:].upper().replace('-', '_')
+        if environment.get(variable):
+            parser.error = functools.partial(fail_usage, f'{variable}: ')
+            parser.parse_args([f'{flag}={environment[variable]}'], options)
+    parser.error = functools.partial(fail_usage, '')
+    return parser.parse_args(arguments, options)
+
+
+# --- main loop
+
+# Between the two samples of --once, from which rates are computed.
+ONCE_PAUSE_SECONDS = 0.5
+ONCE_DELIVERY_SECONDS = 10
+
+
+def install_signals() -> int:
+    """SIGTERM and SIGINT make the returned descriptor readable; the second of them ends the process at once."""
+    readable, writable = os.pipe()
+    os.set_blocking(writable, False)
+    signal.set_wakeup_fd(writable)
+
+    def on_signal(number: int, frame: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    signal.signal(signal.SIGTERM, on_signal)
+    signal.signal(signal.SIGINT, on_signal)
+    return readable
+
+
+def stopped_within(descriptor: int, seconds: float) -> bool:
+    """Sleep, unless a signal to stop comes first or has come."""
+    return bool(select.select([descriptor], [], [], max(0, seconds))[0])
+
+
+def next_tick(start: float, interval: float, now: float) -> float:
+    """The first instant after now on the grid that begins at start: a late cycle skips ticks instead of hurrying."""
+    return start + interval * (math.floor((now - start) / interval) + 1)
+
+
+def log_blind_spots() -> None:
+    if os.geteuid() != 0:
+        log.warning('not root: pods and containers, the host id, and file systems below private directories may be missing')
+
+
+def show(metrics: wire.Metrics, output: str) -> None:
+    sys.stdout.write(RENDERERS[output](metrics).rstrip('\n') + '\n')
+    sys.stdout.flush()
+
+
+def hand_over(metrics: wire.Metrics, options: argparse.Namespace, backlog: Optional[Backlog]) -> Dict[str, str]:
+    """To the backlog, or without a relay to stdout; gives what went wrong."""
+    if backlog is not None:
+        return add_snapshot(backlog, metrics.SerializeToString())
+    show(metrics, options.output)
+    return {}
+
+
+def run_once(roots: Roots, options: argparse.Namespace) -> int:
+    """Two samples, the second of which counts. 1 when a relay was named and has not acknowledged it."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pods_thread:
+        first = collect_snapshot(roots, options, Memory(), pods_thread)
+        time.sleep(ONCE_PAUSE_SECONDS)
+        part = collect_snapshot(roots, options, first.after, pods_thread)
+    log_changes({}, part.failures)
+    if not options.relay_address:
+        show(part.message, options.output)
+        return 0
+    backlog = Backlog(options.buffer_retention * 60)
+    log_changes({}, add_snapshot(backlog, part.message.SerializeToString()))
+    left = close_backlog(backlog, start_delivery(backlog, options.relay_address), ONCE_DELIVERY_SECONDS)
+    return 1 if left or backlog.dropped else 0
+
+
+def run_loop(roots: Roots, options: argparse.Namespace) -> int:
+    """A snapshot each interval, until a signal; then one last attempt to deliver what is left."""
+    descriptor, start = install_signals(), time.monotonic()
+    backlog = Backlog(options.buffer_retention * 60) if options.relay_address else None
+    sender = start_delivery(backlog, options.relay_address) if backlog else None
+    memory, troubles, stopped = Memory(), {}, False
+    with concurrent.futures.ThreadPoolExecutor(1, 'pods') as pods_thread:
+        while not stopped:
+            try:
+                part = collect_snapshot(roots, options, memory, pods_thread)
+                failures = {**part.failures, **hand_over(part.message, options, backlog)}
+                log_changes(troubles, failures)
+                memory, troubles = part.after, failures
+            except BrokenPipeError:
+                raise
+            except Exception:
+                log.exception('a bug: this snapshot is lost')
+            now = time.monotonic()
+            stopped = stopped_within(descriptor, next_tick(start, options.main_loop_duration, now) - now)
+    left = close_backlog(backlog, sender, LAST_ATTEMPT_SECONDS) if backlog else 0
+    if left:
+        log.warning('stopped: %d snapshots were not acknowledged', left)
+    return 0
+
+
+def main(arguments: Optional[Sequence[str]] = None) -> int:
+    options = parse_options(arguments, dict(os.environ))
+    options.output = options.output or ('table' if sys.stdout.isatty() else 'json')
+    set_up_log(options)
+    log_blind_spots()
+    roots = Roots(options.procfs, options.sysfs, options.rootfs)
+    try:
+        return run_once(roots, options) if options.once else run_loop(roots, options)
+    except BrokenPipeError:
+        # The reader of stdout has gone. Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+
+
+if __name__ == '__main__':
+    sys.exit(main())
