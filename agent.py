@@ -32,13 +32,20 @@ output, command line. `grep '^# ---' agent.py` lists them.
 from __future__ import annotations
 
 import argparse
+import atexit
 import collections
 import concurrent.futures
+import contextlib
 import difflib
 import errno
+import fcntl
 import functools
 import gzip
+import hashlib
 import heapq
+import importlib.machinery
+import importlib.util
+import io
 import json
 import logging
 import logging.handlers
@@ -55,14 +62,12 @@ import struct
 import sys
 import threading
 import time
-from typing import Any, Callable, Deque, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple, TypeVar
+import zipimport
+from typing import (TYPE_CHECKING, Any, Callable, Deque, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple,
+                    TypeVar)
 
-import grpc
-from google.protobuf import json_format
-from google.protobuf.wrappers_pb2 import DoubleValue, StringValue, UInt64Value
-
-import cri_pb2 as cri
-import kubensage_pb2 as wire
+if TYPE_CHECKING:
+    import tarfile
 
 __version__ = '1.0.0'
 
@@ -71,6 +76,307 @@ log = logging.getLogger('kubensage-agent')
 # A subject of the node gives the NodeMetrics fields it knows, and what it wants back next cycle.
 Fields = Dict[str, Any]
 Row = TypeVar('Row')
+
+
+# --- the bundle
+
+# kubensage-agent.pyz carries grpcio and protobuf for every Python it may meet: bundle.txt says in which member the
+# compiled module with which suffix is, and that member, NAME.tar.xz, holds all of one architecture. Compiled modules
+# do not import from a zip, so what this interpreter needs is unpacked once, into CACHE/NAME-SUFFIX.
+ARCHIVE_NAME = 'kubensage-agent.pyz'
+ROOT_CACHE = '/var/cache/kubensage-agent'
+# Lines of `sha256 path` for every file of an unpacked tree but this one.
+MANIFEST = 'MANIFEST'
+UNPACKING = '.unpacking-'
+
+
+class BundleError(Exception):
+    """Why grpc cannot be had from the archive: one line for the person who started the agent."""
+
+
+def extension_suffix() -> str:
+    """What this interpreter's compiled modules end in: `.cpython-311-x86_64-linux-gnu.so`."""
+    return importlib.machinery.EXTENSION_SUFFIXES[0]
+
+
+def find_archive() -> Optional[str]:
+    """The archive that this module was loaded from; in a checkout without grpcio, the one that was built in it."""
+    archive = getattr(globals().get('__loader__'), 'archive', None)
+    beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), ARCHIVE_NAME)
+    if archive is None and os.path.exists(beside) and importlib.util.find_spec('grpc') is None:
+        return beside
+    return archive
+
+
+def read_member(archive: str, name: str) -> bytes:
+    return zipimport.zipimporter(archive).get_data(os.path.join(archive, name))
+
+
+def parse_targets(text: str) -> Dict[str, str]:
+    """bundle.txt: suffix of compiled modules to member.
+
+    .cpython-311-x86_64-linux-gnu.so x86_64-9f86d081884c7d65.tar.xz
+    """
+    return dict(line.split() for line in text.splitlines())
+
+
+def parse_manifest(text: str) -> Dict[str, str]:
+    """Path, relative to the tree, to the sha256 of each file."""
+    return {path: digest for digest, path in (line.split(' ', 1) for line in text.splitlines())}
+
+
+def cache_directory(environment: Mapping[str, str]) -> Optional[str]:
+    """Where trees are unpacked; None where there is no place that is this user's own."""
+    if environment.get('KUBENSAGE_CACHE'):
+        return os.path.abspath(environment['KUBENSAGE_CACHE'])
+    if os.geteuid() == 0:
+        return ROOT_CACHE
+    home = environment.get('XDG_CACHE_HOME') or (environment.get('HOME') and os.path.join(environment['HOME'], '.cache'))
+    return os.path.join(os.path.abspath(home), 'kubensage-agent') if home else None
+
+
+def check_component(path: str, status: os.stat_result) -> None:
+    """Raise BundleError where somebody else could exchange what lies at or below the path.
+
+    In a sticky directory, as /tmp is, others cannot rename what is not theirs; what is there is checked itself.
+    """
+    if stat.S_ISLNK(status.st_mode):
+        raise BundleError(f'{path} is a symbolic link: the cache must have none in its path (KUBENSAGE_CACHE=DIR names another)')
+    if status.st_uid not in (0, os.geteuid()):
+        raise BundleError(f'{path} belongs to user {status.st_uid}, who could exchange it (KUBENSAGE_CACHE=DIR names another)')
+    if status.st_mode & 0o022 and not (stat.S_ISDIR(status.st_mode) and status.st_mode & stat.S_ISVTX):
+        raise BundleError(f'{path} is writable by others: `chmod go-w {path}` mends it')
+    if not stat.S_ISDIR(status.st_mode) and not stat.S_ISREG(status.st_mode):
+        raise BundleError(f'{path} is neither a directory nor a regular file')
+
+
+def check_path(path: str) -> None:
+    """check_component of every directory from / to path."""
+    while True:
+        check_component(path, os.lstat(path))
+        if path == '/':
+            return
+        path = os.path.dirname(path)
+
+
+def read_tree(tree: str) -> Dict[str, str]:
+    """The sha256 of every file of a tree, by relative path. BundleError where one could be exchanged."""
+    digests = {}
+    for directory, names, files in os.walk(tree):
+        for name in names + files:
+            path = os.path.join(directory, name)
+            check_component(path, os.lstat(path))
+        for name in files:
+            path = os.path.join(directory, name)
+            with open(path, 'rb', buffering=0) as file:
+                digests[path[len(tree) + 1:]] = hashlib.sha256(file.read()).hexdigest()
+    return digests
+
+
+def is_intact(tree: str) -> bool:
+    """Whether a tree holds the files that were unpacked into it, unchanged, and no others."""
+    try:
+        check_component(tree, os.lstat(tree))
+        digests = read_tree(tree)
+        with open(os.path.join(tree, MANIFEST), encoding='utf-8') as file:
+            manifest = parse_manifest(file.read())
+    except (OSError, ValueError, BundleError):
+        return False
+    digests.pop(MANIFEST)
+    return digests == manifest
+
+
+def member_path(member: tarfile.TarInfo, suffix: str) -> Optional[str]:
+    """Where a member of the tar belongs in the tree; None for one that this interpreter has no use for."""
+    name = member.name
+    if name.startswith('/') or '..' in name.split('/') or not (member.isreg() or member.isdir()):
+        raise BundleError(f'the archive is not to be trusted: it has a member {name!r} (type {member.type.decode()})')
+    wanted = name.endswith(('.py', '.pem', '.abi3.so', suffix)) or '.dist-info/' in name
+    return os.path.normpath(name) if wanted and member.isreg() else None
+
+
+def unpack(packed: bytes, suffix: str, tree: str) -> None:
+    """Write this interpreter's members into an empty directory. Its compiled module comes after all that is not
+    compiled for one Python alone: the rest of the tar is not even decompressed."""
+    import lzma
+    import tarfile
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    with tarfile.open(fileobj=lzma.open(io.BytesIO(packed)), mode='r|') as tar:
+        for member in tar:
+            path = member_path(member, suffix)
+            if path is None:
+                continue
+            os.makedirs(os.path.dirname(os.path.join(tree, path)), mode=0o700, exist_ok=True)
+            with open(os.open(os.path.join(tree, path), flags, 0o600), 'wb') as file:
+                shutil.copyfileobj(tar.extractfile(member), file)
+            if path.endswith(suffix):
+                return
+    raise BundleError(f'the archive is damaged: it holds no module *{suffix}, which its bundle.txt promises')
+
+
+def write_manifest(tree: str) -> None:
+    lines = [f'{digest} {path}\n' for path, digest in sorted(read_tree(tree).items())]
+    with open(os.path.join(tree, MANIFEST), 'x', encoding='utf-8') as file:
+        file.writelines(lines)
+
+
+def install_tree(archive: str, member: str, suffix: str, tree: str) -> None:
+    """Unpack beside the tree, compile, and rename: a tree is there whole or not at all. The caller holds the lock."""
+    import compileall
+    import py_compile
+    import tempfile
+    cache = os.path.dirname(tree)
+    fresh = tempfile.mkdtemp(prefix=UNPACKING, dir=cache)
+    try:
+        unpack(read_member(archive, member), suffix, fresh)
+        # The manifest vouches for the byte code, so that no run compares it with its source, or writes it.
+        compileall.compile_dir(fresh, quiet=2, stripdir=fresh, prependdir=tree,
+                               invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
+        write_manifest(fresh)
+        if os.path.lexists(tree):
+            os.rename(tree, os.path.join(tempfile.mkdtemp(prefix=UNPACKING, dir=cache), 'replaced'))
+        os.rename(fresh, tree)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def lock_directory(path: str, mode: int) -> Optional[int]:
+    """flock(2) a directory; None if it is taken (LOCK_NB). Closing the descriptor, or dying, gives it back."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, mode)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def outdated_trees(last_used: Mapping[str, float], present: str) -> List[str]:
+    """Trees of other archives than the present one and the one used before it, for whichever Python they are.
+
+    Takes when each tree was last used, by name: `x86_64-9f86d081884c7d65.cpython-311-x86_64-linux-gnu`.
+    """
+    archive_of = {name: name.partition('.')[0] for name in last_used}
+    others = [name for name in sorted(last_used, key=last_used.get) if archive_of[name] != archive_of[present]]
+    return [name for name in others if archive_of[name] != archive_of[others[-1]]]
+
+
+def clean_cache(cache: str, present: str) -> None:
+    """Remove what killed runs left behind, and outdated trees that no running agent holds. The caller has the lock."""
+    names = os.listdir(cache)
+    last_used = {name: os.lstat(os.path.join(cache, name)).st_mtime for name in names if '.cpython-' in name}
+    for name in outdated_trees(last_used, present):
+        descriptor = lock_directory(os.path.join(cache, name), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if descriptor is not None:
+            shutil.rmtree(os.path.join(cache, name), ignore_errors=True)
+            os.close(descriptor)
+    for name in names:
+        if name.startswith(UNPACKING):
+            shutil.rmtree(os.path.join(cache, name), ignore_errors=True)
+
+
+def hold_tree(tree: str) -> bool:
+    """Check the tree and keep it from being cleaned away as long as this process lives."""
+    try:
+        lock_directory(tree, fcntl.LOCK_SH)
+    except OSError:
+        return False
+    if not is_intact(tree):
+        return False
+    with contextlib.suppress(OSError):
+        os.utime(tree)
+    return True
+
+
+def ready_tree(archive: str, member: str, suffix: str, cache: str) -> str:
+    """The tree for this interpreter, unpacked now unless it is there and intact. OSError where that is impossible."""
+    tree = os.path.join(cache, member.partition('.')[0] + suffix[:-len('.so')])
+    os.makedirs(cache, mode=0o700, exist_ok=True)
+    check_path(cache)
+    if os.statvfs(cache).f_flag & os.ST_NOEXEC:
+        raise BundleError(f'{cache} is mounted noexec: compiled modules do not load from it (KUBENSAGE_CACHE=DIR names another)')
+    if hold_tree(tree):
+        return tree
+    lock = lock_directory(cache, fcntl.LOCK_EX)
+    try:
+        if not hold_tree(tree):
+            install_tree(archive, member, suffix, tree)
+            clean_cache(cache, os.path.basename(tree))
+            hold_tree(tree)
+    finally:
+        os.close(lock)
+    return tree
+
+
+def temporary_cache(reason: str) -> str:
+    import tempfile
+    cache = tempfile.mkdtemp(prefix='kubensage-agent-')
+    atexit.register(shutil.rmtree, cache, ignore_errors=True)
+    sys.stderr.write(f'kubensage-agent: {reason}: unpacking into {cache} for this run alone (KUBENSAGE_CACHE=DIR names a '
+                     'directory that stays)\n')
+    return cache
+
+
+def find_tree(archive: str, member: str, suffix: str, environment: Mapping[str, str]) -> str:
+    """A tree in the cache, or where that cannot be written in a temporary directory. BundleError says why in neither."""
+    cache = cache_directory(environment)
+    try:
+        try:
+            if cache:
+                return ready_tree(archive, member, suffix, cache)
+            reason = 'no HOME'
+        except OSError as error:
+            if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+                raise
+            reason = f'{cache} cannot be written ({error.strerror})'
+        cache = temporary_cache(reason)
+        return ready_tree(archive, member, suffix, cache)
+    except OSError as error:
+        raise BundleError(f'cannot unpack into {cache}: {error.strerror} (KUBENSAGE_CACHE=DIR names another directory)') from None
+
+
+def bundle_member(archive: str, suffix: str) -> Optional[str]:
+    """The member for this interpreter; None where grpcio is installed instead. BundleError where there is neither."""
+    targets = parse_targets(read_member(archive, 'bundle.txt').decode())
+    if suffix in targets or importlib.util.find_spec('grpc'):
+        return targets.get(suffix)
+    raise BundleError(f'no grpcio for {suffix[1:-3]}: {os.path.basename(archive)} has it for '
+                      f'{", ".join(name[1:-3] for name in targets)}; install grpcio and protobuf, or build an archive for '
+                      'this machine with `./build_zipapp.sh --native`')
+
+
+def use_bundle(environment: Mapping[str, str]) -> None:
+    """Make `import grpc` find the archive's grpcio, whatever else is installed or lies around. Ends the run if it can't."""
+    archive, suffix = find_archive(), extension_suffix()
+    if archive is None:
+        return
+    mask = os.umask(0o077)
+    try:
+        member = bundle_member(archive, suffix)
+        tree = find_tree(archive, member, suffix, environment) if member else None
+    except BundleError as error:
+        sys.exit(f'kubensage-agent: {error}')
+    finally:
+        os.umask(mask)
+    if tree:
+        sys.path.insert(0, tree)
+        sys.dont_write_bytecode = True
+        # A .pth file of a site directory may have made a namespace package of another `google` already.
+        for name in [name for name in sys.modules if name.partition('.')[0] in ('google', 'grpc', 'typing_extensions')]:
+            del sys.modules[name]
+
+
+use_bundle(os.environ)
+try:
+    import grpc
+    from google.protobuf import json_format
+    from google.protobuf.wrappers_pb2 import DoubleValue, StringValue, UInt64Value
+
+    import cri_pb2 as cri
+    import kubensage_pb2 as wire
+except ImportError as missing:
+    sys.exit(f'kubensage-agent: {missing}: `pip install grpcio==1.80.1 protobuf==6.33.6`, or build the archive with '
+             './build_zipapp.sh')
 
 
 # --- files
@@ -1018,6 +1324,7 @@ def find_runtime(paths: Sequence[str], deadline: float) -> Runtime:
 STATS_TIMEOUT_SECONDS = 10
 # More than any machine has; containerd 1.6 says 2**63 while it tears a container down.
 SANE_NANO_CORES = 10_000 * 10**9
+NO_STATS = cri.ContainerStats()
 
 
 class CpuUsage(NamedTuple):
@@ -1134,9 +1441,6 @@ def build_pods(inventory: Inventory, before: Dict[str, CpuUsage]) -> Tuple[List[
     ready = [sandbox for sandbox in inventory.sandboxes if sandbox.state == cri.SANDBOX_READY]
     ready.sort(key=lambda sandbox: (sandbox.metadata.namespace, sandbox.metadata.name, sandbox.created_at))
     return [build_pod(sandbox, by_sandbox[sandbox.id]) for sandbox in ready], after
-
-
-NO_STATS = cri.ContainerStats()
 
 
 def call_finished(call: grpc.Future, deadline: float) -> bool:
@@ -1542,7 +1846,7 @@ RENDERERS = {'table': render_table, 'json': render_json}
 # --- log
 
 DEFAULT_LOG_FILE = '/var/log/kubensage/kubensage-agent.log'
-# The default of --log-max-backups, 0, keeps all; logging.handlers wants a number.
+# --log-max-backups 0 keeps all; logging.handlers takes 0 for no rotation.
 ALL_BACKUPS = 1000
 
 
@@ -1811,5 +2115,10 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         return 128 + signal.SIGINT
 
 
-if __name__ == '__main__':
+def run() -> None:
+    """The entry point of the archive."""
     sys.exit(main())
+
+
+if __name__ == '__main__':
+    run()
