@@ -46,6 +46,7 @@ import heapq
 import importlib.machinery
 import importlib.util
 import io
+import itertools
 import json
 import logging
 import logging.handlers
@@ -57,12 +58,14 @@ import select
 import shutil
 import signal
 import socket
+import ssl
 import stat
 import struct
 import sys
 import threading
 import time
 import zipimport
+import zlib
 from typing import (TYPE_CHECKING, Any, Callable, Deque, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple,
                     TypeVar)
 
@@ -92,6 +95,10 @@ UNPACKING = '.unpacking-'
 
 class BundleError(Exception):
     """Why grpc cannot be had from the archive: one line for the person who started the agent."""
+
+
+class UnsafePath(Exception):
+    """Which path another user could exchange, and why."""
 
 
 def extension_suffix() -> str:
@@ -136,18 +143,18 @@ def cache_directory(environment: Mapping[str, str]) -> Optional[str]:
 
 
 def check_component(path: str, status: os.stat_result) -> None:
-    """Raise BundleError where somebody else could exchange what lies at or below the path.
+    """Raise UnsafePath where somebody else could exchange what lies at or below the path.
 
     In a sticky directory, as /tmp is, others cannot rename what is not theirs; what is there is checked itself.
     """
     if stat.S_ISLNK(status.st_mode):
-        raise BundleError(f'{path} is a symbolic link: the cache must have none in its path (KUBENSAGE_CACHE=DIR names another)')
+        raise UnsafePath(f'{path} is a symbolic link')
     if status.st_uid not in (0, os.geteuid()):
-        raise BundleError(f'{path} belongs to user {status.st_uid}, who could exchange it (KUBENSAGE_CACHE=DIR names another)')
+        raise UnsafePath(f'{path} belongs to user {status.st_uid}')
     if status.st_mode & 0o022 and not (stat.S_ISDIR(status.st_mode) and status.st_mode & stat.S_ISVTX):
-        raise BundleError(f'{path} is writable by others: `chmod go-w {path}` mends it')
+        raise UnsafePath(f'{path} is writable by others (`chmod go-w {path}` mends it)')
     if not stat.S_ISDIR(status.st_mode) and not stat.S_ISREG(status.st_mode):
-        raise BundleError(f'{path} is neither a directory nor a regular file')
+        raise UnsafePath(f'{path} is neither a directory nor a regular file')
 
 
 def check_path(path: str) -> None:
@@ -160,7 +167,7 @@ def check_path(path: str) -> None:
 
 
 def read_tree(tree: str) -> Dict[str, str]:
-    """The sha256 of every file of a tree, by relative path. BundleError where one could be exchanged."""
+    """The sha256 of every file of a tree, by relative path. UnsafePath where one could be exchanged."""
     digests = {}
     for directory, names, files in os.walk(tree):
         for name in names + files:
@@ -180,7 +187,7 @@ def is_intact(tree: str) -> bool:
         digests = read_tree(tree)
         with open(os.path.join(tree, MANIFEST), encoding='utf-8') as file:
             manifest = parse_manifest(file.read())
-    except (OSError, ValueError, BundleError):
+    except (OSError, ValueError, UnsafePath):
         return False
     digests.pop(MANIFEST)
     return digests == manifest
@@ -333,6 +340,8 @@ def find_tree(archive: str, member: str, suffix: str, environment: Mapping[str, 
         return ready_tree(archive, member, suffix, cache)
     except OSError as error:
         raise BundleError(f'cannot unpack into {cache}: {error.strerror} (KUBENSAGE_CACHE=DIR names another directory)') from None
+    except UnsafePath as error:
+        raise BundleError(f'not unpacking into {cache}: {error} (KUBENSAGE_CACHE=DIR names another directory)') from None
 
 
 def bundle_member(archive: str, suffix: str) -> Optional[str]:
@@ -367,6 +376,8 @@ def use_bundle(environment: Mapping[str, str]) -> None:
 
 
 use_bundle(os.environ)
+# What the C core has to say comes back as the status of a call.
+os.environ.setdefault('GRPC_VERBOSITY', 'NONE')
 try:
     import grpc
     from google.protobuf import json_format
@@ -732,6 +743,9 @@ PSEUDO_FILESYSTEMS = frozenset((
     'smackfs sockfs squashfs sysfs tmpfs tracefs fuse.lxcfs fuse.gvfsd-fuse fuse.portal fuse.snapfuse').split())
 
 
+STATVFS_TIMEOUT_SECONDS = 1
+
+
 class Mount(NamedTuple):
     device_number: str
     mountpoint: str
@@ -790,11 +804,43 @@ def read_space(root: str, mountpoint: str) -> Optional[os.statvfs_result]:
         raise
 
 
-def collect_disk_usages(roots: Roots, before: None) -> Tuple[Fields, None]:
+def ask_space(root: str, mounts: Sequence[Mount], answers: Dict[str, Optional[os.statvfs_result]],
+              given_up: threading.Event) -> None:
+    """The asking thread: statvfs(2) of a file server that is gone does not return, and nothing can interrupt it."""
+    for mount in mounts:
+        if given_up.is_set():
+            return
+        with contextlib.suppress(OSError):
+            answers[mount.mountpoint] = read_space(root, mount.mountpoint)
+
+
+def answering_mounts(root: str, mounts: Sequence[Mount], stuck: Dict[str, threading.Thread],
+                     ) -> Tuple[Dict[str, Optional[os.statvfs_result]], Dict[str, threading.Thread]]:
+    """Space by mount point, of those that answer within STATVFS_TIMEOUT_SECONDS; and the threads that still wait for
+    one that does not, which is left alone until its thread has come back. Local devices are asked first."""
+    stuck = {mountpoint: thread for mountpoint, thread in stuck.items() if thread.is_alive()}
+    asked = sorted((mount for mount in mounts if mount.mountpoint not in stuck),
+                   key=lambda mount: not mount.source.startswith('/dev/'))
+    answers: Dict[str, Optional[os.statvfs_result]] = {}
+    given_up = threading.Event()
+    thread = threading.Thread(target=ask_space, args=(root, asked, answers, given_up), name='statvfs', daemon=True)
+    thread.start()
+    thread.join(STATVFS_TIMEOUT_SECONDS)
+    if thread.is_alive():
+        given_up.set()
+        silent = next((mount.mountpoint for mount in asked if mount.mountpoint not in answers), None)
+        stuck.update({silent: thread} if silent else {})
+    return dict(answers), stuck
+
+
+def collect_disk_usages(roots: Roots, before: Optional[Dict[str, threading.Thread]],
+                        ) -> Tuple[Fields, Dict[str, threading.Thread]]:
     """The mounts of process 1 are the node's; those of the agent may be a container's or a unit's own."""
     text = read_text(roots.procfs, '1/mountinfo') or read_text(roots.procfs, 'self/mountinfo') or ''
-    spaces = [(mount, read_space(roots.rootfs, mount.mountpoint)) for mount in real_mounts(parse_mountinfo(text))]
-    return {'disk_usages': [build_disk_usage(mount, space) for mount, space in spaces if space and space.f_blocks]}, None
+    mounts = real_mounts(parse_mountinfo(text))
+    spaces, stuck = answering_mounts(roots.rootfs, mounts, before or {})
+    return {'disk_usages': [build_disk_usage(mount, spaces[mount.mountpoint]) for mount in mounts
+                            if spaces.get(mount.mountpoint) and spaces[mount.mountpoint].f_blocks]}, stuck
 
 
 # --- disk I/O
@@ -1151,6 +1197,8 @@ def collect_node(roots: Roots, before: Dict[str, Any], top_n: int) -> Part:
             node.MergeFrom(wire.NodeMetrics(**fields))
         except (ValueError, OSError) as error:
             failures[subject] = str(error)
+    for mountpoint in after.get('file systems', ()):
+        failures[f'mount {mountpoint}'] = f'statvfs has not answered within {STATVFS_TIMEOUT_SECONDS} s: left alone until it does'
     return Part(node, after, failures)
 
 
@@ -1194,6 +1242,21 @@ class CriError(Exception):
     def __init__(self, text: str, code: Optional[grpc.StatusCode] = None):
         super().__init__(text)
         self.code = code
+
+
+class Call(NamedTuple):
+    """A call under way, and when it began (monotonic clock)."""
+    method: str
+    future: grpc.Future
+    started: float
+
+
+class CallTally(NamedTuple):
+    """What the calls of one method have cost so far."""
+    calls: int = 0
+    failures: int = 0
+    seconds: float = 0
+    last_seconds: float = 0
 
 
 class Runtime(NamedTuple):
@@ -1249,18 +1312,29 @@ def read_socket_inode(path: str) -> Optional[Tuple[int, int]]:
     return (status.st_dev, status.st_ino) if stat.S_ISSOCK(status.st_mode) else None
 
 
-def start_call(channel: grpc.Channel, service: str, method: str, timeout: float) -> grpc.Future:
+def start_call(channel: grpc.Channel, service: str, method: str, timeout: float) -> Call:
     """Begin a call; its empty request asks for everything. `fetch` waits for the answer."""
     decode = CRI_ANSWERS[method].FromString
-    return channel.unary_unary(f'/{service}/{method}', response_deserializer=decode).future(b'', timeout=timeout)
+    future = channel.unary_unary(f'/{service}/{method}', response_deserializer=decode).future(b'', timeout=timeout)
+    return Call(method, future, time.monotonic())
 
 
-def fetch(call: grpc.Future, method: str) -> Any:
-    """The answer to a call that has begun, or CriError."""
+def add_call(tallies: Dict[str, CallTally], call: Call, failed: bool) -> None:
+    tally, seconds = tallies.get(call.method, CallTally()), time.monotonic() - call.started
+    tallies[call.method] = CallTally(tally.calls + 1, tally.failures + failed, tally.seconds + seconds, seconds)
+
+
+def fetch(call: Call, tallies: Dict[str, CallTally]) -> Any:
+    """The answer to a call that has begun, or CriError; either way it is counted."""
+    failed = True
     try:
-        return call.result()
+        answer = call.future.result()
+        failed = False
+        return answer
     except grpc.RpcError as error:
-        raise CriError(f'{method}: {error.code().name}: {error.details()}', error.code()) from None
+        raise CriError(f'{call.method}: {error.code().name}: {error.details()}', error.code()) from None
+    finally:
+        add_call(tallies, call, failed)
 
 
 def seconds_until(deadline: float) -> float:
@@ -1268,11 +1342,17 @@ def seconds_until(deadline: float) -> float:
     return max(CRI_SHORTEST_TIMEOUT_SECONDS, deadline - time.monotonic())
 
 
-def fetch_now(runtime: Runtime, method: str, deadline: float) -> Any:
-    return fetch(start_call(runtime.channel, runtime.service, method, seconds_until(deadline)), method)
+def fetch_now(runtime: Runtime, method: str, deadline: float, tallies: Dict[str, CallTally]) -> Any:
+    return fetch(start_call(runtime.channel, runtime.service, method, seconds_until(deadline)), tallies)
 
 
-def probe_versions(channels: Dict[str, grpc.Channel], deadline: float) -> Tuple[List[Runtime], Dict[str, str]]:
+def probe_version(channel: grpc.Channel, path: str, service: str, call: Call, tallies: Dict[str, CallTally]) -> Runtime:
+    version = fetch(call, tallies)
+    return Runtime(channel, path, read_socket_inode(path), service, version.runtime_name, version.runtime_version)
+
+
+def probe_versions(channels: Dict[str, grpc.Channel], deadline: float, tallies: Dict[str, CallTally],
+                   ) -> Tuple[List[Runtime], Dict[str, str]]:
     """The runtimes that answer Version, all asked at once, and by socket why the others do not."""
     runtimes, reasons, waiting = [], {}, list(channels)
     for service in CRI_SERVICES:
@@ -1281,34 +1361,30 @@ def probe_versions(channels: Dict[str, grpc.Channel], deadline: float) -> Tuple[
         waiting = []
         for path, call in calls.items():
             try:
-                version = fetch(call, 'Version')
+                runtimes.append(probe_version(channels[path], path, service, call, tallies))
             except CriError as error:
                 reasons[path] = str(error)
-                if error.code is grpc.StatusCode.UNIMPLEMENTED:
-                    waiting.append(path)
-            else:
-                runtimes.append(Runtime(channels[path], path, read_socket_inode(path), service,
-                                        version.runtime_name, version.runtime_version))
+                waiting += [path] * (error.code is grpc.StatusCode.UNIMPLEMENTED)
     return runtimes, reasons
 
 
-def has_sandboxes(runtime: Runtime, deadline: float) -> bool:
+def has_sandboxes(runtime: Runtime, deadline: float, tallies: Dict[str, CallTally]) -> bool:
     try:
-        return bool(fetch_now(runtime, 'ListPodSandbox', deadline).items)
+        return bool(fetch_now(runtime, 'ListPodSandbox', deadline, tallies).items)
     except CriError:
         return False
 
 
-def find_runtime(paths: Sequence[str], deadline: float) -> Runtime:
+def find_runtime(paths: Sequence[str], deadline: float, tallies: Dict[str, CallTally]) -> Runtime:
     """The first runtime that answers; of several, the first that has sandboxes. CriError says what was tried."""
     channels = {path: grpc.insecure_channel(f'unix:{path}', CRI_CHANNEL_OPTIONS)
                 for path in paths if read_socket_inode(path)}
     if not channels:
         raise CriError(f'none found: no socket at {paths[0]}' if len(paths) == 1 else
                        'none found: no socket at any of the usual paths (--cri-socket names another)')
-    runtimes, reasons = probe_versions(channels, deadline)
-    candidates = runtimes if len(runtimes) < 2 else [runtime for runtime in runtimes if has_sandboxes(runtime, deadline)]
-    chosen = (candidates or runtimes or [None])[0]
+    runtimes, reasons = probe_versions(channels, deadline, tallies)
+    inhabited = [runtime for runtime in runtimes if len(runtimes) == 1 or has_sandboxes(runtime, deadline, tallies)]
+    chosen = (inhabited or runtimes or [None])[0]
     for path, channel in channels.items():
         if chosen is None or path != chosen.socket:
             channel.close()
@@ -1322,6 +1398,7 @@ def find_runtime(paths: Sequence[str], deadline: float) -> Runtime:
 
 # A statistics call may take longer than a cycle: a later cycle picks its answer up, and none is started beside it.
 STATS_TIMEOUT_SECONDS = 10
+STATS_LONGEST_PAUSE_SECONDS = 300
 # More than any machine has; containerd 1.6 says 2**63 while it tears a container down.
 SANE_NANO_CORES = 10_000 * 10**9
 NO_STATS = cri.ContainerStats()
@@ -1333,10 +1410,17 @@ class CpuUsage(NamedTuple):
     usage_ns: int
 
 
+class StatsMemory(NamedTuple):
+    """The statistics call: the one under way, time-outs in a row, and when the next may begin (monotonic clock)."""
+    call: Optional[Call] = None
+    timeouts: int = 0
+    not_before: float = 0
+
+
 class PodsMemory(NamedTuple):
     """What the pods' side keeps from cycle to cycle."""
     runtime: Optional[Runtime] = None
-    stats_call: Optional[grpc.Future] = None
+    stats: StatsMemory = StatsMemory()
     cpu_usage: Dict[str, CpuUsage] = {}
 
 
@@ -1443,73 +1527,617 @@ def build_pods(inventory: Inventory, before: Dict[str, CpuUsage]) -> Tuple[List[
     return [build_pod(sandbox, by_sandbox[sandbox.id]) for sandbox in ready], after
 
 
-def call_finished(call: grpc.Future, deadline: float) -> bool:
+def call_finished(call: Call, deadline: float) -> bool:
     """Wait for the call until then."""
     try:
-        call.exception(timeout=seconds_until(deadline))
+        call.future.exception(timeout=seconds_until(deadline))
     except grpc.FutureTimeoutError:
         return False
     return True
 
 
-def fetch_stats(runtime: Runtime, call: Optional[grpc.Future], deadline: float,
-                ) -> Tuple[Sequence[cri.ContainerStats], Optional[grpc.Future], Optional[str]]:
-    """The statistics; or none, the call that is still under way, and why there are none.
+def after_timeout(timeouts: int) -> StatsMemory:
+    """The first time-out may be chance; from the second on the runtime is left alone for longer and longer."""
+    pause = min(STATS_LONGEST_PAUSE_SECONDS, STATS_TIMEOUT_SECONDS * 2 ** (timeouts - 2)) if timeouts > 1 else 0
+    return StatsMemory(None, timeouts, time.monotonic() + pause)
+
+
+def fetch_stats(runtime: Runtime, memory: StatsMemory, deadline: float, tallies: Dict[str, CallTally],
+                ) -> Tuple[Sequence[cri.ContainerStats], StatsMemory, Optional[str]]:
+    """The statistics; or none, what to go on with in the next cycle, and why there are none.
 
     containerd before 2.1 fails the whole call when one container vanishes during it: it is tried once more, at once.
     """
-    failure = None
+    call, failure = memory.call, None
+    if call is None and time.monotonic() < memory.not_before:
+        return (), memory, f'ListContainerStats: paused after {memory.timeouts} time-outs'
     for _ in range(2):
         call = call or start_call(runtime.channel, runtime.service, 'ListContainerStats', STATS_TIMEOUT_SECONDS)
         if not call_finished(call, deadline):
-            return (), call, 'ListContainerStats: no answer in time'
+            return (), memory._replace(call=call), 'ListContainerStats: no answer in time'
         try:
-            return fetch(call, 'ListContainerStats').stats, None, None
+            return fetch(call, tallies).stats, StatsMemory(), None
         except CriError as error:
             call, failure = None, str(error)
             if error.code is grpc.StatusCode.DEADLINE_EXCEEDED:
-                break
-    return (), None, failure
+                return (), after_timeout(memory.timeouts + 1), failure
+    return (), StatsMemory(), failure
 
 
 def forget_runtime(memory: PodsMemory) -> PodsMemory:
     """Close the connection, so that the next cycle looks for a runtime again; the CPU samples stay good."""
     if memory.runtime:
         memory.runtime.channel.close()
-    return memory._replace(runtime=None, stats_call=None)
+    return memory._replace(runtime=None, stats=memory.stats._replace(call=None))
 
 
-def fetch_inventory(runtime: Runtime, stats_call: Optional[grpc.Future], deadline: float,
-                    ) -> Tuple[Inventory, Optional[grpc.Future], Optional[str]]:
-    """What the runtime has; the statistics call that is still under way, and why there are no statistics."""
-    sandboxes = fetch_now(runtime, 'ListPodSandbox', deadline).items
-    containers = fetch_now(runtime, 'ListContainers', deadline).containers
-    stats, stats_call, failure = fetch_stats(runtime, stats_call, deadline)
-    return Inventory(sandboxes, containers, stats), stats_call, failure
+def fetch_inventory(runtime: Runtime, stats_memory: StatsMemory, deadline: float, tallies: Dict[str, CallTally],
+                    ) -> Tuple[Inventory, StatsMemory, Optional[str]]:
+    """What the runtime has; what to go on with for statistics, and why there are none."""
+    sandboxes = fetch_now(runtime, 'ListPodSandbox', deadline, tallies).items
+    containers = fetch_now(runtime, 'ListContainers', deadline, tallies).containers
+    stats, stats_memory, failure = fetch_stats(runtime, stats_memory, deadline, tallies)
+    return Inventory(sandboxes, containers, stats), stats_memory, failure
 
 
-def keep_runtime(roots: Roots, socket_path: Optional[str], memory: PodsMemory, deadline: float) -> PodsMemory:
+def keep_runtime(roots: Roots, socket_path: Optional[str], memory: PodsMemory, deadline: float,
+                 tallies: Dict[str, CallTally]) -> PodsMemory:
     """The connection of the last cycle, unless the socket is another one by now; or a new one. CriError: there is none."""
     if memory.runtime and read_socket_inode(memory.runtime.socket) != memory.runtime.inode:
         memory = forget_runtime(memory)
     if memory.runtime is None:
-        memory = memory._replace(runtime=find_runtime(collect_endpoints(roots, socket_path), deadline))
+        memory = memory._replace(runtime=find_runtime(collect_endpoints(roots, socket_path), deadline, tallies))
     return memory
 
 
-def collect_pods(roots: Roots, socket_path: Optional[str], memory: PodsMemory, deadline: float) -> Part:
+def collect_pods(roots: Roots, socket_path: Optional[str], memory: PodsMemory, deadline: float,
+                 tallies: Dict[str, CallTally]) -> Part:
     """The pods, as far as the runtime tells of them before the deadline (an instant of the monotonic clock).
 
     A runtime that is only late keeps its connection: each new one would wait in the socket of a stopped runtime.
     """
     try:
-        memory = keep_runtime(roots, socket_path, memory, deadline)
-        inventory, stats_call, failure = fetch_inventory(memory.runtime, memory.stats_call, deadline)
+        memory = keep_runtime(roots, socket_path, memory, deadline, tallies)
+        inventory, stats_memory, failure = fetch_inventory(memory.runtime, memory.stats, deadline, tallies)
         pods, usage = build_pods(inventory, memory.cpu_usage)
     except CriError as error:
         late = error.code is grpc.StatusCode.DEADLINE_EXCEEDED
         return Part([], memory if late else forget_runtime(memory), {'container runtime': str(error)})
-    return Part(pods, PodsMemory(memory.runtime, stats_call, usage), {'container statistics': failure} if failure else {})
+    return Part(pods, PodsMemory(memory.runtime, stats_memory, usage), {'container statistics': failure} if failure else {})
+
+
+# --- spool
+
+# One file a record: a header, the snapshot (zlib where the header says so), and a CRC-32 of both. A record that was torn
+# by a crash, or has rotted, is known by its length or its CRC. Nothing is synced: a record outlives the agent, not a
+# power cut.
+RECORD = struct.Struct('<4sIIdd36s')
+RECORD_MAGIC = b'KSR1'
+RECORD_CRC = struct.Struct('<I')
+RECORD_SUFFIX = '.snapshot'
+
+
+class Record(NamedTuple):
+    """The header of a record: when it was taken by both clocks, since the monotonic one starts anew with each boot."""
+    magic: bytes
+    stored_bytes: int
+    plain_bytes: int
+    monotonic: float
+    wall: float
+    boot_id: bytes
+
+
+def record_path(directory: str, number: int) -> str:
+    return os.path.join(directory, f'{number:016d}{RECORD_SUFFIX}')
+
+
+def read_boot_id() -> bytes:
+    return (read_line('/proc', 'sys/kernel/random/boot_id') or '').encode()[:36].ljust(36)
+
+
+def parse_record(data: bytes) -> Tuple[Record, bytes]:
+    """The header and the snapshot of a record. ValueError where it is not what was written."""
+    if len(data) < RECORD.size + RECORD_CRC.size:
+        raise ValueError(f'record: {len(data)} bytes are not even a header')
+    header, stored = Record(*RECORD.unpack_from(data)), data[RECORD.size:-RECORD_CRC.size]
+    if header.magic != RECORD_MAGIC or header.stored_bytes != len(stored):
+        raise ValueError(f'record: torn: {len(stored)} bytes of {header.stored_bytes}')
+    if RECORD_CRC.unpack_from(data, len(data) - RECORD_CRC.size)[0] != zlib.crc32(data[:-RECORD_CRC.size]):
+        raise ValueError('record: its CRC differs')
+    return header, stored
+
+
+def write_record(directory: str, number: int, header: Record, stored: bytes) -> None:
+    """OSError where the disk is full or broken; nothing of the record stays then."""
+    path = record_path(directory, number)
+    data = RECORD.pack(*header) + stored
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        with open(descriptor, 'wb', buffering=0) as file:
+            if file.write(data + RECORD_CRC.pack(zlib.crc32(data))) != len(data) + RECORD_CRC.size:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+        raise
+
+
+def open_spool(directory: str, patience_seconds: float = 0) -> None:
+    """Make the directory this agent's own, 0700, until the process ends. UnsafePath or OSError where it cannot be."""
+    os.makedirs(directory, mode=0o700, exist_ok=True)
+    check_path(directory)
+    os.chmod(directory, 0o700)
+    give_up = time.monotonic() + patience_seconds
+    while lock_directory(directory, fcntl.LOCK_EX | fcntl.LOCK_NB) is None:
+        if time.monotonic() > give_up:
+            raise UnsafePath(f'{directory} is in use by another agent')
+        time.sleep(0.1)
+
+
+def record_age(header: Record, boot_id: bytes, monotonic: float, wall: float) -> float:
+    """Seconds since a record was taken; by the wall clock only if the machine was started anew since."""
+    return max(0.0, monotonic - header.monotonic if header.boot_id == boot_id else wall - header.wall)
+
+
+# --- backlog
+
+# The relay refuses a larger message (grpc-go's default) and ends the stream: those behind it would never arrive.
+MAX_SNAPSHOT_BYTES = 4 << 20
+MAX_STREAM_SNAPSHOTS = 50
+# What a stream may hold in memory, beyond its first snapshot.
+MAX_STREAM_BYTES = 8 << 20
+# Of a snapshot that waits: level 1 takes a third of the time of level 6, for an eighth more bytes.
+COMPRESSION_LEVEL = 1
+
+
+class Snapshot(NamedTuple):
+    """A serialised Metrics message that waits: its bytes, in zlib's format where fewer are stored than it has, or None
+    where they are in the spool, under its number."""
+    number: int
+    taken: float
+    plain_bytes: int
+    stored_bytes: int
+    stored: Optional[bytes]
+
+
+class Backlog:
+    """The snapshots that the relay has not acknowledged, oldest first, between the collecting thread and the sending one."""
+
+    def __init__(self, retention_seconds: float, max_bytes: float = math.inf, spool: Optional[str] = None,
+                 spool_max_bytes: float = math.inf):
+        self.retention_seconds, self.max_bytes = retention_seconds, max_bytes
+        self.spool, self.spool_max_bytes = spool, spool_max_bytes
+        self.snapshots: Deque[Snapshot] = collections.deque()
+        self.memory_bytes = self.spool_bytes = 0
+        self.next_number = 1
+        self.boot_id = read_boot_id()
+        self.changed = threading.Condition()
+        self.closing = threading.Event()
+        # The stream under way, to be cancelled when time is up.
+        self.call: Optional[grpc.Future] = None
+        self.dropped: Dict[str, int] = collections.Counter()
+        self.sent = self.acknowledged = self.connections = 0
+        self.last_acknowledged: Optional[float] = None
+
+
+def load_spool(backlog: Backlog) -> None:
+    """Take over what earlier runs have left, oldest first. A file that is not whole is dropped when its turn comes."""
+    monotonic, wall = time.monotonic(), time.time()
+    numbers = sorted(int(name[:-len(RECORD_SUFFIX)]) for name in os.listdir(backlog.spool)
+                     if name.endswith(RECORD_SUFFIX) and name[:-len(RECORD_SUFFIX)].isdecimal())
+    for number in numbers:
+        data = read_bytes(backlog.spool, os.path.basename(record_path(backlog.spool, number))) or b''
+        try:
+            header, _ = parse_record(data)
+        except ValueError as error:
+            log.warning('spool: %s: %s: dropped', record_path(backlog.spool, number), error)
+            os.unlink(record_path(backlog.spool, number))
+            backlog.dropped['damaged'] += 1
+            continue
+        taken = monotonic - record_age(header, backlog.boot_id, monotonic, wall)
+        append_snapshot(backlog, Snapshot(number, taken, header.plain_bytes, header.stored_bytes, None))
+    backlog.next_number = numbers[-1] + 1 if numbers else 1
+
+
+def append_snapshot(backlog: Backlog, snapshot: Snapshot) -> None:
+    backlog.snapshots.append(snapshot)
+    backlog.memory_bytes += snapshot.stored_bytes if snapshot.stored is not None else 0
+    backlog.spool_bytes += snapshot.stored_bytes if snapshot.stored is None else 0
+
+
+def remove_oldest(backlog: Backlog, cause: Optional[str] = None) -> None:
+    """Forget the oldest snapshot, and count it where it was not delivered. The caller holds the lock."""
+    snapshot = backlog.snapshots.popleft()
+    backlog.memory_bytes -= snapshot.stored_bytes if snapshot.stored is not None else 0
+    backlog.spool_bytes -= snapshot.stored_bytes if snapshot.stored is None else 0
+    if snapshot.stored is None:
+        with contextlib.suppress(OSError):
+            os.unlink(record_path(backlog.spool, snapshot.number))
+    if cause:
+        backlog.dropped[cause] += 1
+
+
+def drop_excess(backlog: Backlog, now: float) -> Dict[str, str]:
+    """Drop the oldest beyond the retention and the sizes; what that was, by trouble. The caller holds the lock."""
+    failures = {}
+    while backlog.snapshots and now - backlog.snapshots[0].taken > backlog.retention_seconds:
+        remove_oldest(backlog, 'retention')
+        failures['backlog'] = f'dropping snapshots older than {backlog.retention_seconds / 60:g} min'
+    while backlog.memory_bytes > backlog.max_bytes or backlog.spool_bytes > backlog.spool_max_bytes:
+        remove_oldest(backlog, 'size')
+        failures['backlog size'] = 'dropping the oldest snapshots: the backlog has reached its size'
+    return failures
+
+
+def store_snapshot(backlog: Backlog, data: bytes, now: float) -> Tuple[Snapshot, Dict[str, str]]:
+    """Into the spool, if there is one and the disk takes it; else into memory. What waits behind others is compressed."""
+    stored = zlib.compress(data, COMPRESSION_LEVEL) if backlog.snapshots else data
+    snapshot = Snapshot(backlog.next_number, now, len(data), len(stored), stored)
+    backlog.next_number += 1
+    if backlog.spool is None:
+        return snapshot, {}
+    header = Record(RECORD_MAGIC, len(stored), len(data), now, time.time(), backlog.boot_id)
+    try:
+        write_record(backlog.spool, snapshot.number, header, stored)
+    except OSError as error:
+        return snapshot, {'spool': f'{backlog.spool} cannot be written ({error.strerror}): keeping snapshots in memory'}
+    return snapshot._replace(stored=None), {}
+
+
+def add_snapshot(backlog: Backlog, data: bytes) -> Dict[str, str]:
+    """Put a snapshot at the end; gives what went wrong, by trouble."""
+    now = time.monotonic()
+    if len(data) > MAX_SNAPSHOT_BYTES:
+        backlog.dropped['too large'] += 1
+        return {'snapshot': f'dropped: its {len(data)} bytes exceed the {MAX_SNAPSHOT_BYTES} that the relay accepts'}
+    with backlog.changed:
+        snapshot, failures = store_snapshot(backlog, data, now)
+        append_snapshot(backlog, snapshot)
+        failures.update(drop_excess(backlog, now))
+        backlog.changed.notify()
+    return failures
+
+
+def load_snapshot(backlog: Backlog, snapshot: Snapshot) -> Optional[bytes]:
+    """The bytes to send; None where the spool has lost or spoiled them."""
+    stored = snapshot.stored
+    if stored is None:
+        try:
+            stored = parse_record(read_bytes(backlog.spool, os.path.basename(record_path(backlog.spool, snapshot.number))) or b'')[1]
+        except (OSError, ValueError) as error:
+            log.warning('spool: snapshot %d: %s: dropped', snapshot.number, error)
+            backlog.dropped['damaged'] += 1
+            return None
+    return zlib.decompress(stored) if snapshot.stored_bytes != snapshot.plain_bytes else stored
+
+
+def next_batch(backlog: Backlog, limit: int) -> List[Snapshot]:
+    """Wait for snapshots, and give the oldest of them; none when the backlog is closing and empty."""
+    with backlog.changed:
+        while not backlog.snapshots and not backlog.closing.is_set():
+            backlog.changed.wait()
+        drop_excess(backlog, time.monotonic())
+        batch, size = [], 0
+        for snapshot in itertools.islice(backlog.snapshots, limit):
+            size += snapshot.plain_bytes
+            if batch and size > MAX_STREAM_BYTES:
+                break
+            batch.append(snapshot)
+        return batch
+
+
+def forget_snapshots(backlog: Backlog, batch: Sequence[Snapshot]) -> None:
+    """Remove what has been delivered, or cannot be; some of it may have been dropped meanwhile."""
+    with backlog.changed:
+        while backlog.snapshots and backlog.snapshots[0].number <= batch[-1].number:
+            remove_oldest(backlog)
+
+
+# --- TLS
+
+TLS_PROBE_SECONDS = 3
+
+
+class Relay(NamedTuple):
+    """How the relay is reached; the files are read anew for each connection."""
+    address: str
+    tls: bool = False
+    ca: Optional[str] = None
+    cert: Optional[str] = None
+    key: Optional[str] = None
+    server_name: Optional[str] = None
+    token_file: Optional[str] = None
+
+
+class RelayError(Exception):
+    """Why no connection to the relay can be made from the files given: one line that names the file."""
+
+
+def read_relay_file(flag: str, path: Optional[str]) -> Optional[bytes]:
+    try:
+        with open(path, 'rb') if path else contextlib.nullcontext() as file:
+            return file and file.read()
+    except OSError as error:
+        raise RelayError(f'{flag} {path}: {error.strerror}') from None
+
+
+def relay_files(relay: Relay) -> Dict[str, str]:
+    named = {'--relay-ca': relay.ca, '--relay-cert': relay.cert, '--relay-key': relay.key,
+             '--relay-token-file': relay.token_file}
+    return {flag: path for flag, path in named.items() if path}
+
+
+def relay_files_signature(relay: Relay) -> Tuple[Any, ...]:
+    """Differs when one of the files has changed, or a symbolic link leads elsewhere."""
+    signature = []
+    for path in relay_files(relay).values():
+        try:
+            status = os.stat(path)
+            signature.append((status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size))
+        except OSError as error:
+            signature.append(error.errno)
+    return tuple(signature)
+
+
+def exposed_files(relay: Relay) -> Iterable[str]:
+    """The secret files that users other than their owner can read."""
+    for path in filter(None, (relay.key, relay.token_file)):
+        with contextlib.suppress(OSError):
+            if os.stat(path).st_mode & 0o044:
+                yield path
+
+
+def tls_context(relay: Relay) -> ssl.SSLContext:
+    """What Python's ssl makes of the same files: unlike grpc, it says what is wrong with them. RelayError does so."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.set_alpn_protocols(['h2'])
+    try:
+        context.load_verify_locations(relay.ca) if relay.ca else context.load_default_certs()
+    except (OSError, ValueError) as error:
+        raise RelayError(f'--relay-ca {relay.ca}: no certificate in PEM format ({error})') from None
+    try:
+        if relay.cert:
+            context.load_cert_chain(relay.cert, relay.key, password=lambda: b'')
+    except (OSError, ValueError) as error:
+        raise RelayError(f'--relay-cert {relay.cert} and --relay-key {relay.key}: {getattr(error, "reason", None) or error}') from None
+    return context
+
+
+def relay_credentials(relay: Relay) -> grpc.ChannelCredentials:
+    ca, cert, key = (read_relay_file(flag, path) for flag, path in
+                     (('--relay-ca', relay.ca), ('--relay-cert', relay.cert), ('--relay-key', relay.key)))
+    tls_context(relay)
+    return grpc.ssl_channel_credentials(ca, key, cert)
+
+
+def relay_metadata(relay: Relay) -> Sequence[Tuple[str, str]]:
+    token = (read_relay_file('--relay-token-file', relay.token_file) or b'').decode(errors='replace').strip()
+    if relay.token_file and not re.fullmatch(r'[\x21-\x7e]+', token):
+        raise RelayError(f'--relay-token-file {relay.token_file}: holds no token of printable ASCII in one line')
+    return (('authorization', f'Bearer {token}'),) if token else ()
+
+
+def explain_tls(relay: Relay) -> Optional[str]:
+    """Why the handshake fails, in the words of Python's ssl; None where it does not."""
+    host, _, port = relay.address.rpartition(':')
+    name = relay.server_name or host.strip('[]')
+    try:
+        with socket.create_connection((host.strip('[]'), int(port)), TLS_PROBE_SECONDS) as plain:
+            with tls_context(relay).wrap_socket(plain, server_hostname=name) as tls:
+                # In TLS 1.3 the verdict on our certificate comes after the handshake.
+                tls.recv(1)
+    except ssl.SSLCertVerificationError as error:
+        source = f'--relay-ca {relay.ca}' if relay.ca else "the system's roots"
+        return f"the relay's certificate, checked against {source}: {error.verify_message}"
+    except ssl.SSLError as error:
+        about = f' (--relay-cert {relay.cert})' if relay.cert else ' (no --relay-cert was given)'
+        alert = (error.reason or str(error)).replace('_', ' ').lower()
+        return f'TLS: {alert}' + (about if 'certificate' in alert else '')
+    except (OSError, RelayError):
+        return None
+    return None
+
+
+# --- relay
+
+SEND_METRICS = '/metrics.MetricsService/SendMetrics'
+SEND_TIMEOUT_SECONDS = 20
+BACKOFF_FIRST_SECONDS, BACKOFF_LONGEST_SECONDS = 0.5, 30
+LAST_ATTEMPT_SECONDS = 5
+LOOPBACK = re.compile(r'(localhost|127\.[\d.]+|\[::1\]):')
+
+
+class Connection(NamedTuple):
+    """A channel to the relay, what goes with each stream, and the state of the files that both were made from."""
+    channel: grpc.Channel
+    metadata: Sequence[Tuple[str, str]]
+    signature: Tuple[Any, ...]
+
+
+class Refusal(NamedTuple):
+    """Why the relay has not acknowledged a batch: gRPC's status code, or the step before there was one."""
+    code: str
+    details: str
+
+
+def backoff_seconds(failures: int) -> float:
+    """Exponential back-off with full jitter after so many failures in a row."""
+    return random.uniform(0, min(BACKOFF_LONGEST_SECONDS, BACKOFF_FIRST_SECONDS * 2 ** min(failures, 16)))
+
+
+def is_too_large(refusal: Refusal) -> bool:
+    """grpc-go says `received message larger than max`, the C core `Received message larger than max`."""
+    return refusal.code == 'RESOURCE_EXHAUSTED' and 'message larger than max' in refusal.details
+
+
+def connect_relay(relay: Relay) -> Connection:
+    """No keepalive: the relay ends connections that ping it; the deadline of each stream finds a dead one. RelayError."""
+    options: List[Tuple[str, Any]] = [('grpc.use_local_subchannel_pool', 1)]
+    if LOOPBACK.match(relay.address):
+        options.append(('grpc.enable_http_proxy', 0))
+    if relay.server_name:
+        options.append(('grpc.ssl_target_name_override', relay.server_name))
+    signature, metadata = relay_files_signature(relay), relay_metadata(relay)
+    if relay.tls:
+        channel = grpc.secure_channel(relay.address, relay_credentials(relay), options)
+    else:
+        channel = grpc.insecure_channel(relay.address, options)
+    return Connection(channel, metadata, signature)
+
+
+def keep_connection(backlog: Backlog, relay: Relay, connection: Optional[Connection]) -> Connection:
+    """The connection, or a new one where there is none or its files have changed. RelayError."""
+    if connection and connection.signature == relay_files_signature(relay):
+        return connection
+    if connection:
+        connection.channel.close()
+    connection = connect_relay(relay)
+    backlog.connections += 1
+    return connection
+
+
+def send_batch(connection: Connection, backlog: Backlog, batch: Sequence[Snapshot]) -> Optional[Refusal]:
+    """One SendMetrics stream. None: the relay has acknowledged the batch, all of it."""
+    messages = [message for message in (load_snapshot(backlog, snapshot) for snapshot in batch) if message is not None]
+    call = connection.channel.stream_unary(SEND_METRICS).future(iter(messages), timeout=SEND_TIMEOUT_SECONDS,
+                                                                metadata=connection.metadata)
+    backlog.call = call
+    backlog.sent += len(messages)
+    try:
+        call.result()
+        backlog.acknowledged += len(messages)
+        backlog.last_acknowledged = time.monotonic()
+        return None
+    except grpc.FutureCancelledError:
+        return Refusal('CANCELLED', 'stopped before the relay had answered')
+    except grpc.RpcError as error:
+        return Refusal(error.code().name, error.details() or '')
+
+
+def attempt(relay: Relay, backlog: Backlog, batch: Sequence[Snapshot], connection: Optional[Connection],
+            ) -> Tuple[Optional[Connection], Optional[Refusal]]:
+    """Deliver a batch; the connection to go on with, and why it was not acknowledged."""
+    try:
+        connection = keep_connection(backlog, relay, connection)
+    except RelayError as error:
+        return None, Refusal('not connected', str(error))
+    refusal = send_batch(connection, backlog, batch)
+    if refusal is None:
+        return connection, None
+    # A connection that looks alive may be dead: the next attempt makes its own.
+    connection.channel.close()
+    return None, refusal
+
+
+def next_batch_limit(limit: int, refusal: Optional[Refusal]) -> int:
+    """How many snapshots to send at once: fewer when they were too many for the link or one was too large."""
+    if refusal is None:
+        return min(MAX_STREAM_SNAPSHOTS, limit * 2)
+    if is_too_large(refusal):
+        return 1
+    return max(1, limit // 2) if refusal.code == 'DEADLINE_EXCEEDED' else limit
+
+
+def settle(backlog: Backlog, batch: Sequence[Snapshot], refusal: Optional[Refusal]) -> bool:
+    """Forget a batch that was acknowledged, or is a single snapshot that this relay will never accept."""
+    if refusal is not None:
+        if not is_too_large(refusal) or len(batch) > 1:
+            return False
+        backlog.dropped['too large'] += 1
+        log.error('relay: a snapshot of %d bytes is dropped: %s', batch[0].plain_bytes, refusal.details)
+    forget_snapshots(backlog, batch)
+    return True
+
+
+def log_refusal(relay: Relay, refusal: Refusal) -> None:
+    reason = explain_tls(relay) if relay.tls and refusal.code == 'UNAVAILABLE' else None
+    log.warning('relay %s: %s', relay.address, reason or f'{refusal.code}: {refusal.details}')
+
+
+def deliver(backlog: Backlog, relay: Relay) -> None:
+    """The sending thread: send the backlog until it closes, with a pause after each failure and one last attempt."""
+    connection, failures, limit = None, 0, MAX_STREAM_SNAPSHOTS
+    while True:
+        batch = next_batch(backlog, limit)
+        last_attempt = backlog.closing.is_set()
+        if not batch and last_attempt:
+            break
+        if not batch:
+            continue
+        connection, refusal = attempt(relay, backlog, batch, connection)
+        limit = next_batch_limit(limit, refusal)
+        if settle(backlog, batch, refusal):
+            if failures:
+                log.info('relay %s: acknowledges again', relay.address)
+            failures = 0
+            continue
+        failures += 1
+        if failures == 1:
+            log_refusal(relay, refusal)
+        if last_attempt:
+            break
+        backlog.closing.wait(backoff_seconds(failures))
+    if connection:
+        connection.channel.close()
+
+
+def start_delivery(backlog: Backlog, relay: Relay) -> threading.Thread:
+    sender = threading.Thread(target=deliver, args=(backlog, relay), name='deliver', daemon=True)
+    sender.start()
+    return sender
+
+
+def close_backlog(backlog: Backlog, sender: threading.Thread, patience_seconds: float) -> int:
+    """Give the sender one last attempt; how many snapshots it could not deliver."""
+    with backlog.changed:
+        backlog.closing.set()
+        backlog.changed.notify()
+    sender.join(patience_seconds)
+    if sender.is_alive() and backlog.call:
+        backlog.call.cancel()
+        sender.join(1)
+    return len(backlog.snapshots)
+
+
+# --- the agent itself
+
+class Run:
+    """What the agent counts from its start on."""
+
+    def __init__(self) -> None:
+        self.run_id = os.urandom(8).hex()
+        self.started = time.monotonic()
+        self.sequence = self.cycles = self.skipped_ticks = 0
+        self.failures: Dict[str, int] = collections.Counter()
+        self.collection_seconds: Optional[float] = None
+        self.call_tallies: Dict[str, CallTally] = {}
+
+
+def build_cri_method_metrics(method: str, tally: CallTally) -> wire.CriMethodMetrics:
+    return wire.CriMethodMetrics(method=method, calls_total=tally.calls, failures_total=tally.failures,
+                                 seconds_total=tally.seconds, last_seconds=tally.last_seconds)
+
+
+def build_backlog_metrics(backlog: Backlog, now: float) -> wire.BacklogMetrics:
+    return wire.BacklogMetrics(
+        snapshots=len(backlog.snapshots), memory_bytes=backlog.memory_bytes, spool_bytes=backlog.spool_bytes,
+        sent_total=backlog.sent, acknowledged_total=backlog.acknowledged, dropped_total=dict(backlog.dropped),
+        reconnects_total=max(0, backlog.connections - 1),
+        seconds_since_acknowledgement=None if backlog.last_acknowledged is None else now - backlog.last_acknowledged)
+
+
+def collect_agent(run: Run, backlog: Optional[Backlog], timestamp_ns: int) -> wire.AgentMetrics:
+    """The agent's own processes and counters; always from its own /proc."""
+    now, statm = time.monotonic(), read_bytes('/proc', 'self/statm')
+    return wire.AgentMetrics(
+        run_id=run.run_id, sequence=run.sequence, timestamp_ns=timestamp_ns, version=__version__,
+        uptime_seconds=now - run.started, cpu_seconds_total=time.process_time(),
+        resident_bytes=parse_statm(statm) * PAGE_SIZE_BYTES if statm else None,
+        threads=len(read_names('/proc', 'self/task')) or None, open_files=len(read_names('/proc', 'self/fd')) or None,
+        cycles_total=run.cycles, skipped_ticks_total=run.skipped_ticks, collection_seconds=run.collection_seconds,
+        failures_total=dict(run.failures),
+        cri_methods=[build_cri_method_metrics(*item) for item in sorted(run.call_tallies.items())],
+        backlog=build_backlog_metrics(backlog, now) if backlog else None)
 
 
 # --- snapshot
@@ -1525,206 +2153,32 @@ class Memory(NamedTuple):
     pods: PodsMemory = PodsMemory()
 
 
-def build_metrics(timestamp: int, node: wire.NodeMetrics, pods: List[wire.PodMetrics]) -> wire.Metrics:
-    return wire.Metrics(timestamp=timestamp, node_metrics=node, pod_metrics=pods)
+def build_metrics(timestamp: int, node: wire.NodeMetrics, pods: List[wire.PodMetrics], agent: wire.AgentMetrics) -> wire.Metrics:
+    return wire.Metrics(timestamp=timestamp, node_metrics=node, pod_metrics=pods, agent_metrics=agent)
 
 
-def collect_snapshot(roots: Roots, options: argparse.Namespace, before: Memory,
-                     pods_thread: concurrent.futures.Executor) -> Part:
+def collect_snapshot(roots: Roots, options: argparse.Namespace, before: Memory, pods_thread: concurrent.futures.Executor,
+                     run: Run, backlog: Optional[Backlog] = None) -> Part:
     """One Metrics message: the runtime answers while the node is read."""
-    timestamp = int(time.time())
+    timestamp_ns, began = time.time_ns(), time.monotonic()
     patience = min(CRI_LONGEST_SECONDS, options.main_loop_duration * CRI_SHARE_OF_CYCLE)
-    pods_later = pods_thread.submit(collect_pods, roots, options.cri_socket, before.pods, time.monotonic() + patience)
+    pods_later = pods_thread.submit(collect_pods, roots, options.cri_socket, before.pods, began + patience, run.call_tallies)
     node = collect_node(roots, before.node, options.top_n)
     pods = pods_later.result()
-    return Part(build_metrics(timestamp, node.message, pods.message), Memory(node.after, pods.after),
-                {**node.failures, **pods.failures})
+    run.sequence += 1
+    agent = collect_agent(run, backlog, timestamp_ns)
+    failures = {**node.failures, **pods.failures}
+    run.failures.update(failures.keys())
+    run.cycles, run.collection_seconds = run.cycles + 1, time.monotonic() - began
+    return Part(build_metrics(timestamp_ns // 10**9, node.message, pods.message, agent), Memory(node.after, pods.after), failures)
 
 
 def log_changes(before: Dict[str, str], now: Dict[str, str]) -> None:
     """A trouble is logged when it begins and when it ends."""
-    for subject in now.keys() - before.keys():
+    for subject in sorted(now.keys() - before.keys()):
         log.warning('%s: %s', subject, now[subject])
-    for subject in before.keys() - now.keys():
+    for subject in sorted(before.keys() - now.keys()):
         log.info('%s: well again', subject)
-
-
-# --- backlog
-
-# The relay refuses a larger message (grpc-go's default) and ends the stream: those behind it would never arrive.
-MAX_SNAPSHOT_BYTES = 4 << 20
-MAX_STREAM_SNAPSHOTS = 50
-
-
-class Snapshot(NamedTuple):
-    """A serialised Metrics message, and when it was taken by the monotonic clock."""
-    taken: float
-    data: bytes
-
-
-class Backlog:
-    """The snapshots that the relay has not acknowledged, oldest first, between the collecting thread and the sending one."""
-
-    def __init__(self, retention_seconds: float):
-        self.retention_seconds = retention_seconds
-        self.snapshots: Deque[Snapshot] = collections.deque()
-        self.changed = threading.Condition()
-        self.closing = threading.Event()
-        self.call: Optional[grpc.Future] = None
-        self.dropped = 0
-
-
-def drop_expired(backlog: Backlog, now: float) -> int:
-    """Drop what is older than the retention, and count it. The caller holds the lock."""
-    dropped = 0
-    while backlog.snapshots and now - backlog.snapshots[0].taken > backlog.retention_seconds:
-        backlog.snapshots.popleft()
-        dropped += 1
-    backlog.dropped += dropped
-    return dropped
-
-
-def add_snapshot(backlog: Backlog, data: bytes) -> Dict[str, str]:
-    """Put a snapshot at the end; gives what had to be dropped, by trouble."""
-    now, failures = time.monotonic(), {}
-    with backlog.changed:
-        if drop_expired(backlog, now):
-            failures['backlog'] = f'full: dropping what is older than {backlog.retention_seconds / 60:g} min'
-        if len(data) > MAX_SNAPSHOT_BYTES:
-            backlog.dropped += 1
-            failures['snapshot'] = f'dropped: its {len(data)} bytes exceed the {MAX_SNAPSHOT_BYTES} that the relay accepts'
-        else:
-            backlog.snapshots.append(Snapshot(now, data))
-            backlog.changed.notify()
-    return failures
-
-
-def next_batch(backlog: Backlog, limit: int) -> List[Snapshot]:
-    """Wait for snapshots, and give the oldest of them; none when the backlog is closing and empty."""
-    with backlog.changed:
-        while not backlog.snapshots and not backlog.closing.is_set():
-            backlog.changed.wait()
-            drop_expired(backlog, time.monotonic())
-        return [backlog.snapshots[i] for i in range(min(limit, len(backlog.snapshots)))]
-
-
-def forget_snapshots(backlog: Backlog, batch: Sequence[Snapshot]) -> None:
-    """Remove what has been delivered (or can't be); some of it may have been dropped meanwhile."""
-    with backlog.changed:
-        while backlog.snapshots and backlog.snapshots[0].taken <= batch[-1].taken:
-            backlog.snapshots.popleft()
-
-
-# --- relay
-
-SEND_METRICS = '/metrics.MetricsService/SendMetrics'
-SEND_TIMEOUT_SECONDS = 20
-BACKOFF_FIRST_SECONDS, BACKOFF_LONGEST_SECONDS = 0.5, 30
-LAST_ATTEMPT_SECONDS = 5
-
-
-class Refusal(NamedTuple):
-    """Why the relay has not acknowledged a batch."""
-    code: Optional[grpc.StatusCode]
-    details: str
-
-
-def backoff_seconds(failures: int) -> float:
-    """Exponential back-off with full jitter after so many failures in a row."""
-    return random.uniform(0, min(BACKOFF_LONGEST_SECONDS, BACKOFF_FIRST_SECONDS * 2 ** min(failures, 16)))
-
-
-def is_too_large(refusal: Refusal) -> bool:
-    """grpc-go says `received message larger than max`, the C core `Received message larger than max`."""
-    return refusal.code is grpc.StatusCode.RESOURCE_EXHAUSTED and 'message larger than max' in refusal.details
-
-
-def relay_channel(address: str) -> grpc.Channel:
-    """No keepalive: the relay ends connections that ping it; the deadline of each stream finds a dead one."""
-    options = [('grpc.use_local_subchannel_pool', 1)]
-    if re.match(r'(localhost|127\.[\d.]+|\[::1\]):', address):
-        options.append(('grpc.enable_http_proxy', 0))
-    return grpc.insecure_channel(address, options)
-
-
-def send_batch(channel: grpc.Channel, backlog: Backlog, batch: Sequence[Snapshot]) -> Optional[Refusal]:
-    """One SendMetrics stream. None: the relay has acknowledged the batch, all of it."""
-    call = channel.stream_unary(SEND_METRICS).future(iter([snapshot.data for snapshot in batch]),
-                                                     timeout=SEND_TIMEOUT_SECONDS)
-    backlog.call = call
-    try:
-        call.result()
-        return None
-    except grpc.FutureCancelledError:
-        return Refusal(grpc.StatusCode.CANCELLED, 'stopped before the relay had answered')
-    except grpc.RpcError as error:
-        return Refusal(error.code(), error.details() or '')
-
-
-def next_batch_limit(limit: int, refusal: Optional[Refusal]) -> int:
-    """How many snapshots to send at once: fewer when they were too many for the link or one was too large."""
-    if refusal is None:
-        return min(MAX_STREAM_SNAPSHOTS, limit * 2)
-    if is_too_large(refusal):
-        return 1
-    return max(1, limit // 2) if refusal.code is grpc.StatusCode.DEADLINE_EXCEEDED else limit
-
-
-def settle(backlog: Backlog, batch: Sequence[Snapshot], refusal: Optional[Refusal]) -> bool:
-    """Forget a batch that was acknowledged, or is a single snapshot that this relay will never accept."""
-    if refusal is not None:
-        if not is_too_large(refusal) or len(batch) > 1:
-            return False
-        backlog.dropped += 1
-        log.error('relay: a snapshot of %d bytes is dropped: %s', len(batch[0].data), refusal.details)
-    forget_snapshots(backlog, batch)
-    return True
-
-
-def deliver(backlog: Backlog, address: str) -> None:
-    """The sending thread: send the backlog until it closes, with a pause after each failure and one last attempt."""
-    channel, failures, limit = None, 0, MAX_STREAM_SNAPSHOTS
-    while True:
-        batch = next_batch(backlog, limit)
-        if not batch:
-            break
-        last_attempt = backlog.closing.is_set()
-        channel = channel or relay_channel(address)
-        refusal = send_batch(channel, backlog, batch)
-        limit = next_batch_limit(limit, refusal)
-        if settle(backlog, batch, refusal):
-            if failures:
-                log.info('relay %s: acknowledges again', address)
-            failures = 0
-            continue
-        # A connection that looks alive may be dead: the next attempt makes its own.
-        channel.close()
-        channel, failures = None, failures + 1
-        if failures == 1:
-            log.warning('relay %s: %s: %s', address, refusal.code.name, refusal.details)
-        if last_attempt:
-            break
-        backlog.closing.wait(backoff_seconds(failures))
-    if channel:
-        channel.close()
-
-
-def start_delivery(backlog: Backlog, address: str) -> threading.Thread:
-    sender = threading.Thread(target=deliver, args=(backlog, address), name='deliver', daemon=True)
-    sender.start()
-    return sender
-
-
-def close_backlog(backlog: Backlog, sender: threading.Thread, patience_seconds: float) -> int:
-    """Give the sender one last attempt; how many snapshots it could not deliver."""
-    with backlog.changed:
-        backlog.closing.set()
-        backlog.changed.notify()
-    sender.join(patience_seconds)
-    if sender.is_alive() and backlog.call:
-        backlog.call.cancel()
-        sender.join(1)
-    return len(backlog.snapshots)
 
 
 # --- output
@@ -1863,11 +2317,22 @@ def rotate_log(source: str, destination: str, compress: bool, max_age_seconds: f
         path = os.path.join(directory, backup)
         if backup.startswith(f'{name}.') and time.time() - os.stat(path).st_mtime > max_age_seconds:
             os.remove(path)
+    claim_file(source)
+
+
+def claim_file(path: str) -> None:
+    """Create the file unless it is there. OSError where it is a link or another user's, who would choose what we write to."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o640)
+    owner = os.fstat(descriptor).st_uid
+    os.close(descriptor)
+    if owner not in (0, os.geteuid()):
+        raise PermissionError(errno.EPERM, f'it belongs to user {owner}')
 
 
 def log_file_handler(options: argparse.Namespace, path: str) -> logging.Handler:
     """Appends to the file; at --log-max-size it becomes PATH.1.gz, and so on. OSError where that cannot be written."""
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    claim_file(path)
     handler = logging.handlers.RotatingFileHandler(
         path, maxBytes=int(options.log_max_size * 1_000_000), backupCount=options.log_max_backups or ALL_BACKUPS,
         encoding='utf-8')
@@ -1950,6 +2415,17 @@ FLAGS: Dict[str, Dict[str, Any]] = {
                                  metavar='SECONDS', help='time from one snapshot to the next'),
     '--buffer-retention': dict(type=number_from(0.01, 'a number of minutes, above 0', float), default=10.0,
                                metavar='MINUTES', help='how long a snapshot waits for a relay that is away'),
+    '--buffer-max-size': dict(type=number_from(0.01, 'a number of megabytes, above 0', float), default=64.0, metavar='MB',
+                              help='memory that waiting snapshots may take, compressed'),
+    '--spool-dir': dict(metavar='DIR', help='keep waiting snapshots there, so that they survive the agent'),
+    '--spool-max-size': dict(type=number_from(0.01, 'a number of megabytes, above 0', float), default=512.0, metavar='MB',
+                             help='disk that waiting snapshots may take'),
+    '--relay-tls': dict(BOOLEAN, default=False, help="speak TLS to the relay, trusting the system's roots"),
+    '--relay-ca': dict(metavar='FILE', help='speak TLS to the relay, trusting these certificates alone (PEM)'),
+    '--relay-cert': dict(metavar='FILE', help="the agent's own certificate, with --relay-key (PEM)"),
+    '--relay-key': dict(metavar='FILE', help='the key of --relay-cert (PEM)'),
+    '--relay-server-name': dict(metavar='NAME', help="the name in the relay's certificate, where it is not HOST"),
+    '--relay-token-file': dict(metavar='FILE', help='send `authorization: Bearer` with what the file holds; with TLS only'),
     '--top-n': dict(type=number_from(0, 'a whole number, 0 or more'), default=10, metavar='N',
                     help='how many of the largest processes to list'),
     '--once': dict(BOOLEAN, default=False, help='take one snapshot, deliver or show it, and exit'),
@@ -1996,6 +2472,16 @@ def argument_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def check_relay_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """What a flag alone cannot tell. Files to trust or to show mean that TLS is meant."""
+    options.relay_tls = bool(options.relay_tls or options.relay_ca or options.relay_cert)
+    if bool(options.relay_cert) != bool(options.relay_key):
+        parser.error('--relay-cert and --relay-key go together')
+    for flag, value in (('--relay-token-file', options.relay_token_file), ('--relay-server-name', options.relay_server_name)):
+        if value and not options.relay_tls:
+            parser.error(f'{flag} needs TLS: --relay-tls, or --relay-ca FILE')
+
+
 def parse_options(arguments: Optional[Sequence[str]], environment: Dict[str, str]) -> argparse.Namespace:
     """Flags from the environment first, so that those of the command line win. An empty variable is none."""
     parser, options = argument_parser(), argparse.Namespace()
@@ -2005,7 +2491,9 @@ def parse_options(arguments: Optional[Sequence[str]], environment: Dict[str, str
             parser.error = functools.partial(fail_usage, f'{variable}: ')
             parser.parse_args([f'{flag}={environment[variable]}'], options)
     parser.error = functools.partial(fail_usage, '')
-    return parser.parse_args(arguments, options)
+    options = parser.parse_args(arguments, options)
+    check_relay_options(parser, options)
+    return options
 
 
 # --- main loop
@@ -2013,6 +2501,8 @@ def parse_options(arguments: Optional[Sequence[str]], environment: Dict[str, str
 # Between the two samples of --once, from which rates are computed.
 ONCE_PAUSE_SECONDS = 0.5
 ONCE_DELIVERY_SECONDS = 10
+# How long to wait for an agent that is just being replaced to let go of the spool.
+SPOOL_PATIENCE_SECONDS = 10
 
 
 def install_signals() -> int:
@@ -2040,9 +2530,53 @@ def next_tick(start: float, interval: float, now: float) -> float:
     return start + interval * (math.floor((now - start) / interval) + 1)
 
 
+def notify_systemd(message: str) -> None:
+    """sd_notify(3): a datagram to the socket that systemd names; nothing without it."""
+    address = os.environ.get('NOTIFY_SOCKET', '')
+    if address:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as notify:
+            notify.sendto(message.encode(), '\0' + address[1:] if address[0] == '@' else address)
+
+
+def status_line(metrics: wire.Metrics, backlog: Optional[Backlog], failures: Dict[str, str]) -> str:
+    """One line for `systemctl status`."""
+    containers = sum(len(pod.container_metrics) for pod in metrics.pod_metrics)
+    waiting = f', {len(backlog.snapshots)} snapshots wait for the relay' if backlog else ''
+    trouble = f'; in trouble: {", ".join(sorted(failures))}' if failures else ''
+    return f'{len(metrics.pod_metrics)} pods, {containers} containers{waiting}{trouble}'
+
+
 def log_blind_spots() -> None:
     if os.geteuid() != 0:
         log.warning('not root: pods and containers, the host id, and file systems below private directories may be missing')
+
+
+def log_exposure(relay: Relay) -> None:
+    """What is unwise about the way to the relay, once."""
+    for path in exposed_files(relay):
+        log.warning('%s can be read by other users: `chmod go-r %s` mends it', path, path)
+    if not relay.tls and not LOOPBACK.match(relay.address):
+        log.warning('relay %s: snapshots go there in plain text (--relay-tls)', relay.address)
+
+
+def relay_from(options: argparse.Namespace) -> Relay:
+    return Relay(options.relay_address, options.relay_tls, options.relay_ca, options.relay_cert, options.relay_key,
+                 options.relay_server_name, options.relay_token_file)
+
+
+def backlog_from(options: argparse.Namespace) -> Backlog:
+    """The backlog, with what earlier runs have left in the spool. One that cannot be used is done without."""
+    retention_seconds, max_bytes = options.buffer_retention * 60, options.buffer_max_size * 1e6
+    if options.spool_dir:
+        spool = os.path.abspath(options.spool_dir)
+        try:
+            open_spool(spool, SPOOL_PATIENCE_SECONDS)
+            backlog = Backlog(retention_seconds, max_bytes, spool, options.spool_max_size * 1e6)
+            load_spool(backlog)
+            return backlog
+        except (OSError, UnsafePath) as error:
+            log.warning('spool: %s: keeping snapshots in memory', error)
+    return Backlog(retention_seconds, max_bytes)
 
 
 def show(metrics: wire.Metrics, output: str) -> None:
@@ -2060,42 +2594,62 @@ def hand_over(metrics: wire.Metrics, options: argparse.Namespace, backlog: Optio
 
 def run_once(roots: Roots, options: argparse.Namespace) -> int:
     """Two samples, the second of which counts. 1 when a relay was named and has not acknowledged it."""
+    run = Run()
     with concurrent.futures.ThreadPoolExecutor(1) as pods_thread:
-        first = collect_snapshot(roots, options, Memory(), pods_thread)
+        first = collect_snapshot(roots, options, Memory(), pods_thread, run)
         time.sleep(ONCE_PAUSE_SECONDS)
-        part = collect_snapshot(roots, options, first.after, pods_thread)
+        run.sequence = 0
+        part = collect_snapshot(roots, options, first.after, pods_thread, run)
     log_changes({}, part.failures)
     if not options.relay_address:
         show(part.message, options.output)
         return 0
-    backlog = Backlog(options.buffer_retention * 60)
+    backlog, relay = backlog_from(options), relay_from(options)
+    log_exposure(relay)
     log_changes({}, add_snapshot(backlog, part.message.SerializeToString()))
-    left = close_backlog(backlog, start_delivery(backlog, options.relay_address), ONCE_DELIVERY_SECONDS)
+    left = close_backlog(backlog, start_delivery(backlog, relay), ONCE_DELIVERY_SECONDS)
     return 1 if left or backlog.dropped else 0
+
+
+def run_cycle(roots: Roots, options: argparse.Namespace, memory: Memory, pods_thread: concurrent.futures.Executor,
+              run: Run, backlog: Optional[Backlog]) -> Tuple[Memory, Dict[str, str]]:
+    """One snapshot, taken and handed over; what the next cycle needs, and what went wrong."""
+    part = collect_snapshot(roots, options, memory, pods_thread, run, backlog)
+    failures = {**part.failures, **hand_over(part.message, options, backlog)}
+    status = status_line(part.message, backlog, failures)
+    notify_systemd(('READY=1\n' if run.cycles == 1 else '') + f'WATCHDOG=1\nSTATUS={status}')
+    return part.after, failures
 
 
 def run_loop(roots: Roots, options: argparse.Namespace) -> int:
     """A snapshot each interval, until a signal; then one last attempt to deliver what is left."""
-    descriptor, start = install_signals(), time.monotonic()
-    backlog = Backlog(options.buffer_retention * 60) if options.relay_address else None
-    sender = start_delivery(backlog, options.relay_address) if backlog else None
-    memory, troubles, stopped = Memory(), {}, False
+    descriptor, run, interval = install_signals(), Run(), options.main_loop_duration
+    backlog = sender = None
+    if options.relay_address:
+        backlog, relay = backlog_from(options), relay_from(options)
+        log_exposure(relay)
+        sender = start_delivery(backlog, relay)
+    memory, troubles, late, tick, stopped = Memory(), {}, {}, time.monotonic(), False
     with concurrent.futures.ThreadPoolExecutor(1, 'pods') as pods_thread:
         while not stopped:
             try:
-                part = collect_snapshot(roots, options, memory, pods_thread)
-                failures = {**part.failures, **hand_over(part.message, options, backlog)}
-                log_changes(troubles, failures)
-                memory, troubles = part.after, failures
+                memory, failures = run_cycle(roots, options, memory, pods_thread, run, backlog)
+                log_changes(troubles, {**failures, **late})
+                troubles = {**failures, **late}
             except BrokenPipeError:
                 raise
             except Exception:
                 log.exception('a bug: this snapshot is lost')
-            now = time.monotonic()
-            stopped = stopped_within(descriptor, next_tick(start, options.main_loop_duration, now) - now)
+                run.failures['bug'] += 1
+            previous, tick = tick, next_tick(tick, interval, time.monotonic())
+            skipped = round((tick - previous) / interval) - 1
+            run.skipped_ticks += skipped
+            late = {'pace': f'a cycle takes longer than {interval:g} s: ticks are skipped'} if skipped else {}
+            stopped = stopped_within(descriptor, tick - time.monotonic())
+    notify_systemd('STOPPING=1')
     left = close_backlog(backlog, sender, LAST_ATTEMPT_SECONDS) if backlog else 0
     if left:
-        log.warning('stopped: %d snapshots were not acknowledged', left)
+        log.warning('stopped: %d snapshots were not acknowledged%s', left, '; the spool keeps them' if backlog.spool else '')
     return 0
 
 
@@ -2115,10 +2669,10 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         return 128 + signal.SIGINT
 
 
-def run() -> None:
+def run_archive() -> None:
     """The entry point of the archive."""
     sys.exit(main())
 
 
 if __name__ == '__main__':
-    run()
+    run_archive()

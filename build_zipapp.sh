@@ -98,6 +98,6 @@ for arch in $arches; do cat "$BUILD/bundle-$arch.txt"; done >"$BUILD/stage/bundl
 cp agent.py cri_pb2.py kubensage_pb2.py "$BUILD/stage/"
 chmod 644 "$BUILD"/stage/*
 TZ=UTC touch -d 1980-01-01T00:00:00 "$BUILD"/stage/*
-TZ=UTC python3 -m zipapp "$BUILD/stage" -m agent:run -p '/usr/bin/env python3' -o "$BUILD/kubensage-agent.pyz"
+TZ=UTC python3 -m zipapp "$BUILD/stage" -m agent:run_archive -p '/usr/bin/env python3' -o "$BUILD/kubensage-agent.pyz"
 mv "$BUILD/kubensage-agent.pyz" .
 echo "kubensage-agent.pyz: $(wc -c <kubensage-agent.pyz) bytes, $(wc -l <"$BUILD/stage/bundle.txt") targets"
