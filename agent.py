@@ -378,6 +378,8 @@ def use_bundle(environment: Mapping[str, str]) -> None:
 use_bundle(os.environ)
 # What the C core has to say comes back as the status of a call.
 os.environ.setdefault('GRPC_VERBOSITY', 'NONE')
+# Its handlers of fork(2) are for programs that go on in the child; they get in the way of tests, which only exec there.
+os.environ.setdefault('GRPC_ENABLE_FORK_SUPPORT', '0')
 try:
     import grpc
     from google.protobuf import json_format
@@ -393,7 +395,7 @@ except ImportError as missing:
 # --- files
 
 # What these mean for a file of procfs or sysfs: this node, or this user, does not have it.
-ABSENT = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ESRCH, errno.EACCES, errno.EPERM, errno.ENODEV,
+ABSENT = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ESRCH, errno.EACCES, errno.EPERM, errno.ENODEV,
                     errno.EOPNOTSUPP})
 
 # What a parser's arithmetic and indexing raise on text that is not what the kernel writes.
@@ -529,7 +531,7 @@ def parse_stat(text: str) -> Tuple[Dict[str, CpuTimes], Dict[str, int]]:
 
     def parse_line(line: str) -> None:
         name, rest = line.split(None, 1)
-        if name.startswith('cpu'):
+        if re.fullmatch(r'cpu\d*', name, re.ASCII):
             times[name] = CpuTimes(*map(int, rest.split()[:10]))
         else:
             numbers[name] = int(rest.split(None, 1)[0])
@@ -665,8 +667,9 @@ def parse_pressure(text: str) -> Dict[str, Dict[str, float]]:
     """
     def parse_line(line: str) -> Tuple[str, Dict[str, float]]:
         kind, *pairs = line.split()
-        return kind, {key: int(value) if key == 'total' else float(value)
-                      for key, value in (pair.split('=') for pair in pairs)}
+        values = dict(pair.split('=') for pair in pairs)
+        return kind, {'total': int(values['total']),
+                      **{average: float(values[average]) for average in ('avg10', 'avg60', 'avg300')}}
 
     return dict(parse_lines('pressure', text.splitlines(), parse_line))
 
@@ -699,7 +702,10 @@ PAGE_SIZE_BYTES = os.sysconf('SC_PAGE_SIZE')
 
 def parse_statm(data: bytes) -> int:
     """/proc/PID/statm: the resident set, in pages. One short line: `size resident shared text lib data dt`."""
-    return int(data.split(None, 2)[1])
+    try:
+        return int(data.split(None, 2)[1])
+    except (ValueError, IndexError):
+        raise ValueError(f'statm: malformed line: {data[:200]!r}') from None
 
 
 def largest_processes(resident_bytes: Dict[int, int], n: int) -> List[Tuple[int, int]]:
@@ -763,7 +769,8 @@ def parse_mountinfo(text: str) -> List[Mount]:
         dash = fields.index('-', 6)
         return Mount(fields[2], unescape(fields[4]), fields[dash + 1], unescape(fields[dash + 2]))
 
-    return parse_lines('mountinfo', text.splitlines(), parse_line)
+    # Not splitlines(): a form feed or a U+2028 in a mount point is no end of a line, and the kernel does not escape them.
+    return parse_lines('mountinfo', filter(None, text.split('\n')), parse_line)
 
 
 def unescape(field: str) -> str:
@@ -774,12 +781,12 @@ def unescape(field: str) -> str:
 def real_mounts(mounts: Iterable[Mount]) -> List[Mount]:
     """One mount a real file system, by its shortest mount point. On one mount point the last mount hides the others.
 
-    A block device is known by its name, since btrfs gives each subvolume a device number of its own.
+    btrfs gives each subvolume a device number of its own: it is known by its block device.
     """
     visible = {mount.mountpoint: mount for mount in mounts}.values()
     shortest: Dict[str, Mount] = {}
     for mount in visible:
-        key = mount.source if mount.source.startswith('/dev/') else mount.device_number
+        key = mount.source if mount.fstype == 'btrfs' else mount.device_number
         known = shortest.get(key)
         if mount.fstype not in PSEUDO_FILESYSTEMS and (not known or len(mount.mountpoint) < len(known.mountpoint)):
             shortest[key] = mount
@@ -788,7 +795,7 @@ def real_mounts(mounts: Iterable[Mount]) -> List[Mount]:
 
 def build_disk_usage(mount: Mount, space: os.statvfs_result) -> wire.DiskUsage:
     """f_bavail is what unprivileged users may still use, so that used / (used + free) is the Use% of df(1)."""
-    used = (space.f_blocks - space.f_bfree) * space.f_frsize
+    used = max(0, space.f_blocks - space.f_bfree) * space.f_frsize
     free = space.f_bavail * space.f_frsize
     return wire.DiskUsage(
         device=mount.source, mountpoint=mount.mountpoint, fstype=mount.fstype, total=space.f_blocks * space.f_frsize,
@@ -848,7 +855,7 @@ def collect_disk_usages(roots: Roots, before: Optional[Dict[str, threading.Threa
 # admin-guide/iostats.rst: "sectors" are always 512 bytes.
 SECTOR_BYTES = 512
 # Block devices whose I/O reaches another block device, or memory: it would count twice.
-VIRTUAL_DISK = re.compile(r'(loop|ram|zram|dm-|md|drbd|bcache|sr|fd)\d')
+VIRTUAL_DISK = re.compile(r'(loop|ram|zram|dm-|md|drbd|bcache|zd|sr|fd)[\d_]')
 
 
 class DiskStats(NamedTuple):
@@ -921,7 +928,7 @@ def shares_network_namespace(roots: Roots) -> bool:
     if roots.procfs == '/proc':
         return True
     try:
-        return os.readlink(f'{roots.procfs}/1/ns/net') == os.readlink('/proc/self/ns/net')
+        return os.stat(f'{roots.procfs}/1/net/dev').st_ino == os.stat('/proc/self/net/dev').st_ino
     except OSError:
         return False
 
@@ -931,13 +938,14 @@ def read_addresses(roots: Roots) -> bytes:
     if not shares_network_namespace(roots):
         return b''
     header = NLMSGHDR.pack(NLMSGHDR.size + IFADDRMSG.size, RTM_GETADDR, NLM_F_REQUEST | NLM_F_DUMP, 1, 0)
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_ROUTE) as netlink:
+    with contextlib.suppress(PermissionError), socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_ROUTE) as netlink:
         netlink.settimeout(NETLINK_TIMEOUT_SECONDS)
         netlink.send(header + IFADDRMSG.pack(socket.AF_UNSPEC, 0, 0, 0, 0))
         chunks = [netlink.recv(1 << 16)]
         while not any(kind in (NLMSG_DONE, NLMSG_ERROR) for kind, _ in netlink_parts(chunks[-1], NLMSGHDR)):
             chunks.append(netlink.recv(1 << 16))
-    return b''.join(chunks)
+        return b''.join(chunks)
+    return b''
 
 
 def netlink_parts(data: bytes, header: struct.Struct) -> Iterable[Tuple[int, bytes]]:
@@ -1137,9 +1145,16 @@ def platform_version(release: Dict[str, str], debian_version: Optional[str]) -> 
 
 def collect_host_id(roots: Roots) -> Optional[str]:
     """What stays when the host is renamed: the machine's, else the installation's, else at least this boot's."""
-    host_id = (read_line(roots.sysfs, 'class/dmi/id/product_uuid') or read_line(roots.rootfs, 'etc/machine-id')
+    machine_id = read_line(roots.rootfs, 'etc/machine-id')
+    host_id = (read_line(roots.sysfs, 'class/dmi/id/product_uuid') or (machine_id if machine_id != 'uninitialized' else None)
                or read_line(roots.procfs, 'sys/kernel/random/boot_id'))
     return host_id and host_id.lower()
+
+
+def collect_kernel_arch(roots: Roots) -> Optional[str]:
+    """The file came with Linux 6.1; before it, uname(2) tells, unless the tree is another machine's."""
+    ours = read_line(roots.procfs, 'sys/kernel/osrelease') == os.uname().release
+    return read_line(roots.procfs, 'sys/kernel/arch') or (os.uname().machine if ours else None)
 
 
 def collect_system(roots: Roots, before: None) -> Tuple[Fields, None]:
@@ -1154,15 +1169,14 @@ def collect_system(roots: Roots, before: None) -> Tuple[Fields, None]:
         'platform_family': platform_family(release),
         'platform_version': platform_version(release, read_line(roots.rootfs, 'etc/debian_version')),
         'kernel_version': read_line(roots.procfs, 'sys/kernel/osrelease'),
-        # The file came with Linux 6.1.
-        'kernel_arch': read_line(roots.procfs, 'sys/kernel/arch') or os.uname().machine,
+        'kernel_arch': collect_kernel_arch(roots),
         'host_id': collect_host_id(roots),
     }, None
 
 
 def parse_uptime(text: str) -> int:
     """/proc/uptime: seconds since boot, and the idle seconds of all CPUs: `350735.47 234388.90`."""
-    return parse_lines('uptime', text.splitlines()[:1], lambda line: int(float(line.split()[0])))[0]
+    return parse_lines('uptime', text.splitlines()[:1] or [''], lambda line: int(float(line.split()[0])))[0]
 
 
 # --- node
@@ -1195,7 +1209,7 @@ def collect_node(roots: Roots, before: Dict[str, Any], top_n: int) -> Part:
         try:
             fields, after[subject] = collect(roots, before.get(subject))
             node.MergeFrom(wire.NodeMetrics(**fields))
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, ArithmeticError) as error:
             failures[subject] = str(error)
     for mountpoint in after.get('file systems', ()):
         failures[f'mount {mountpoint}'] = f'statvfs has not answered within {STATVFS_TIMEOUT_SECONDS} s: left alone until it does'
@@ -1231,6 +1245,8 @@ CRI_CHANNEL_OPTIONS = (
     # Channels to one socket would otherwise share its back-off, which grows to two minutes.
     ('grpc.use_local_subchannel_pool', 1),
     ('grpc.max_reconnect_backoff_ms', 10_000),
+    # Also how long an attempt to connect to a stopped runtime outlives its channel.
+    ('grpc.min_reconnect_backoff_ms', 2_000),
 )
 # No call is given less than this, however little of the cycle is left.
 CRI_SHORTEST_TIMEOUT_SECONDS = 0.1
@@ -1300,7 +1316,8 @@ def collect_endpoints(roots: Roots, explicit: Optional[str]) -> List[str]:
         parse_endpoint_setting(read_text(roots.rootfs, 'etc/crictl.yaml') or ''),
     )
     paths = [endpoint.replace('unix://', '', 1) for endpoint in configured if endpoint] + list(CRI_SOCKETS)
-    return list(dict.fromkeys(os.path.realpath(roots.rootfs.rstrip('/') + path) for path in paths))
+    # /var/run is a link to /run, absolute on some systems: below a mounted root it would lead out of it.
+    return list(dict.fromkeys(os.path.realpath(roots.rootfs.rstrip('/') + re.sub('^/var/run/', '/run/', path)) for path in paths))
 
 
 def read_socket_inode(path: str) -> Optional[Tuple[int, int]]:
@@ -1383,6 +1400,7 @@ def find_runtime(paths: Sequence[str], deadline: float, tallies: Dict[str, CallT
         raise CriError(f'none found: no socket at {paths[0]}' if len(paths) == 1 else
                        'none found: no socket at any of the usual paths (--cri-socket names another)')
     runtimes, reasons = probe_versions(channels, deadline, tallies)
+    runtimes.sort(key=lambda runtime: list(channels).index(runtime.socket))
     inhabited = [runtime for runtime in runtimes if len(runtimes) == 1 or has_sandboxes(runtime, deadline, tallies)]
     chosen = (inhabited or runtimes or [None])[0]
     for path, channel in channels.items():
@@ -1390,7 +1408,6 @@ def find_runtime(paths: Sequence[str], deadline: float, tallies: Dict[str, CallT
             channel.close()
     if chosen is None:
         raise CriError('none answers: ' + '; '.join(f'{path}: {reason}' for path, reason in reasons.items()))
-    log.info('container runtime: %s %s at %s (%s)', chosen.name, chosen.version, chosen.socket, chosen.service)
     return chosen
 
 
@@ -1422,6 +1439,8 @@ class PodsMemory(NamedTuple):
     runtime: Optional[Runtime] = None
     stats: StatsMemory = StatsMemory()
     cpu_usage: Dict[str, CpuUsage] = {}
+    # Of the runtime found last, for the log.
+    description: str = ''
 
 
 class Inventory(NamedTuple):
@@ -1431,18 +1450,17 @@ class Inventory(NamedTuple):
     stats: Sequence[cri.ContainerStats]
 
 
-def cpu_usage(stats: cri.ContainerStats, before: Optional[CpuUsage]) -> Optional[CpuUsage]:
-    """The container's CPU time; None where it is unknown or went backwards, as in a container being torn down."""
+def cpu_usage(stats: cri.ContainerStats) -> Optional[CpuUsage]:
     if not stats.cpu.HasField('usage_core_nano_seconds'):
         return None
-    usage = CpuUsage(stats.cpu.timestamp, stats.cpu.usage_core_nano_seconds.value)
-    return None if before and usage.usage_ns < before.usage_ns else usage
+    return CpuUsage(stats.cpu.timestamp, stats.cpu.usage_core_nano_seconds.value)
 
 
 def nano_cores(before: CpuUsage, after: CpuUsage) -> Optional[int]:
-    """CPU time per wall time between two samples, in 1e-9 cores; None without a step forward in time."""
+    """CPU time per wall time between two samples, in 1e-9 cores; None without a step forward in time, or beyond sense."""
     elapsed_ns = after.timestamp_ns - before.timestamp_ns
-    return (after.usage_ns - before.usage_ns) * 10**9 // elapsed_ns if elapsed_ns > 0 else None
+    rate = (after.usage_ns - before.usage_ns) * 10**9 // elapsed_ns if elapsed_ns > 0 else None
+    return rate if rate is not None and 0 <= rate < SANE_NANO_CORES else None
 
 
 def runtime_nano_cores(stats: cri.ContainerStats) -> Optional[int]:
@@ -1512,16 +1530,21 @@ def build_pod(sandbox: cri.PodSandbox, containers: List[wire.ContainerMetrics]) 
 
 def build_pods(inventory: Inventory, before: Dict[str, CpuUsage]) -> Tuple[List[wire.PodMetrics], Dict[str, CpuUsage]]:
     """Every READY sandbox with all its containers, in an order of our own (the runtime's changes from call to
-    call); and the CPU samples for the next cycle, those of containers without statistics in this one included."""
+    call); and the CPU samples for the next cycle, those of containers without statistics in this one included.
+
+    A counter that goes backwards, as in a container being torn down, is not sent, but is what the next is held against.
+    """
     stats_by_id = {stats.attributes.id: stats for stats in inventory.stats}
     after, by_sandbox = {}, collections.defaultdict(list)
     for container in sorted(inventory.containers, key=lambda container: (container.created_at, container.id)):
         stats, earlier = stats_by_id.get(container.id, NO_STATS), before.get(container.id)
-        usage = cpu_usage(stats, earlier)
-        rate = (nano_cores(earlier, usage) if earlier else runtime_nano_cores(stats)) if usage else None
-        by_sandbox[container.pod_sandbox_id].append(build_container(container, stats, usage, rate))
+        usage = cpu_usage(stats)
         if usage or earlier:
             after[container.id] = usage or earlier
+        if usage and earlier and usage.usage_ns < earlier.usage_ns:
+            usage = None
+        rate = (nano_cores(earlier, usage) if earlier else runtime_nano_cores(stats)) if usage else None
+        by_sandbox[container.pod_sandbox_id].append(build_container(container, stats, usage, rate))
     ready = [sandbox for sandbox in inventory.sandboxes if sandbox.state == cri.SANDBOX_READY]
     ready.sort(key=lambda sandbox: (sandbox.metadata.namespace, sandbox.metadata.name, sandbox.created_at))
     return [build_pod(sandbox, by_sandbox[sandbox.id]) for sandbox in ready], after
@@ -1585,9 +1608,18 @@ def keep_runtime(roots: Roots, socket_path: Optional[str], memory: PodsMemory, d
     """The connection of the last cycle, unless the socket is another one by now; or a new one. CriError: there is none."""
     if memory.runtime and read_socket_inode(memory.runtime.socket) != memory.runtime.inode:
         memory = forget_runtime(memory)
-    if memory.runtime is None:
-        memory = memory._replace(runtime=find_runtime(collect_endpoints(roots, socket_path), deadline, tallies))
-    return memory
+    if memory.runtime:
+        return memory
+    runtime = find_runtime(collect_endpoints(roots, socket_path), deadline, tallies)
+    description = f'{runtime.name} {runtime.version} at {runtime.socket} ({runtime.service})'
+    if description != memory.description:
+        log.info('container runtime: %s', description)
+    return memory._replace(runtime=runtime, description=description)
+
+
+def another_socket(roots: Roots, socket_path: Optional[str], runtime: Runtime) -> bool:
+    """Whether a second runtime may have come up that has the sandboxes (k3s's after Docker's)."""
+    return any(path != runtime.socket and read_socket_inode(path) for path in collect_endpoints(roots, socket_path))
 
 
 def collect_pods(roots: Roots, socket_path: Optional[str], memory: PodsMemory, deadline: float,
@@ -1603,7 +1635,12 @@ def collect_pods(roots: Roots, socket_path: Optional[str], memory: PodsMemory, d
     except CriError as error:
         late = error.code is grpc.StatusCode.DEADLINE_EXCEEDED
         return Part([], memory if late else forget_runtime(memory), {'container runtime': str(error)})
-    return Part(pods, PodsMemory(memory.runtime, stats_memory, usage), {'container statistics': failure} if failure else {})
+    except (ValueError, OSError) as error:
+        return Part([], forget_runtime(memory), {'container runtime': f'unintelligible: {error}'})
+    memory = memory._replace(stats=stats_memory, cpu_usage=usage)
+    if not inventory.sandboxes and another_socket(roots, socket_path, memory.runtime):
+        memory = forget_runtime(memory)
+    return Part(pods, memory, {'container statistics': failure} if failure else {})
 
 
 # --- spool
@@ -1713,6 +1750,7 @@ class Backlog:
         self.boot_id = read_boot_id()
         self.changed = threading.Condition()
         self.closing = threading.Event()
+        self.given_up = False
         # The stream under way, to be cancelled when time is up.
         self.call: Optional[grpc.Future] = None
         self.dropped: Dict[str, int] = collections.Counter()
@@ -1962,7 +2000,7 @@ class Refusal(NamedTuple):
 
 def backoff_seconds(failures: int) -> float:
     """Exponential back-off with full jitter after so many failures in a row."""
-    return random.uniform(0, min(BACKOFF_LONGEST_SECONDS, BACKOFF_FIRST_SECONDS * 2 ** min(failures, 16)))
+    return random.uniform(0, min(BACKOFF_LONGEST_SECONDS, BACKOFF_FIRST_SECONDS * 2 ** min(failures - 1, 16)))
 
 
 def is_too_large(refusal: Refusal) -> bool:
@@ -2004,7 +2042,8 @@ def send_batch(connection: Connection, backlog: Backlog, batch: Sequence[Snapsho
     backlog.call = call
     backlog.sent += len(messages)
     try:
-        call.result()
+        if call.result() is None:
+            return Refusal('UNKNOWN', 'the stream ended without an answer')
         backlog.acknowledged += len(messages)
         backlog.last_acknowledged = time.monotonic()
         return None
@@ -2068,21 +2107,32 @@ def deliver(backlog: Backlog, relay: Relay) -> None:
         limit = next_batch_limit(limit, refusal)
         if settle(backlog, batch, refusal):
             if failures:
-                log.info('relay %s: acknowledges again', relay.address)
+                log.info('relay %s: acknowledges again; dropped so far: %d', relay.address, sum(backlog.dropped.values()))
             failures = 0
             continue
         failures += 1
         if failures == 1:
             log_refusal(relay, refusal)
-        if last_attempt:
+        if last_attempt or backlog.given_up:
             break
         backlog.closing.wait(backoff_seconds(failures))
     if connection:
         connection.channel.close()
 
 
+def keep_delivering(backlog: Backlog, relay: Relay) -> None:
+    """A bug must not end the delivery: it is logged, and the delivery starts afresh."""
+    while True:
+        try:
+            return deliver(backlog, relay)
+        except Exception:
+            log.exception('a bug in the delivery')
+        if backlog.closing.wait(BACKOFF_FIRST_SECONDS):
+            return None
+
+
 def start_delivery(backlog: Backlog, relay: Relay) -> threading.Thread:
-    sender = threading.Thread(target=deliver, args=(backlog, relay), name='deliver', daemon=True)
+    sender = threading.Thread(target=keep_delivering, args=(backlog, relay), name='deliver', daemon=True)
     sender.start()
     return sender
 
@@ -2093,6 +2143,7 @@ def close_backlog(backlog: Backlog, sender: threading.Thread, patience_seconds: 
         backlog.closing.set()
         backlog.changed.notify()
     sender.join(patience_seconds)
+    backlog.given_up = True
     if sender.is_alive() and backlog.call:
         backlog.call.cancel()
         sender.join(1)
@@ -2187,7 +2238,7 @@ def render_json(metrics: wire.Metrics) -> str:
     """One line: the proto3 mapping with the proto's field names. What is absent on the wire is absent here."""
     document = json_format.MessageToDict(metrics, preserving_proto_field_name=True,
                                          always_print_fields_with_no_presence=True)
-    return json.dumps(document, ensure_ascii=False)
+    return json.dumps(document)
 
 
 def printable(text: str) -> str:
@@ -2208,6 +2259,11 @@ def human_seconds(seconds: int) -> str:
     if minutes < 60:
         return f'{minutes} min'
     return f'{minutes // 60} h {minutes % 60} min' if minutes < 48 * 60 else f'{minutes // 1440} d {minutes // 60 % 24} h'
+
+
+def plural(number: int, noun: str) -> str:
+    ending = '' if number == 1 else 'es' if noun.endswith('s') else 's'
+    return f'{number} {noun}{ending}'
 
 
 def render_columns(header: Sequence[str], rows: Iterable[Sequence[str]]) -> List[str]:
@@ -2234,8 +2290,8 @@ def render_node(node: wire.NodeMetrics) -> List[str]:
     if node.cpu_infos:
         model = f' ({printable(node.cpu_infos[0].model)})' if node.cpu_infos[0].model else ''
         busy = f'{node.total_cpu_percentage:.1f} % of ' if node.HasField('total_cpu_percentage') else ''
-        lines.append(f'cpu      {busy}{len(node.cpu_infos)} CPUs{model}, {node.procs} processes')
-    if node.HasField('total_memory'):
+        lines.append(f'cpu      {busy}{plural(len(node.cpu_infos), "CPU")}{model}, {plural(node.procs, "process")}')
+    if node.HasField('used_memory'):
         lines.append(f'memory   {node.memory_used_perc:.1f} % used: {human_bytes(node.used_memory)} of '
                      f'{human_bytes(node.total_memory)}, {human_bytes(node.available_memory)} available')
     if node.HasField('net_usage'):
@@ -2315,7 +2371,7 @@ def rotate_log(source: str, destination: str, compress: bool, max_age_seconds: f
     directory, name = os.path.split(re.sub(r'\.1(\.gz)?$', '', destination))
     for backup in os.listdir(directory):
         path = os.path.join(directory, backup)
-        if backup.startswith(f'{name}.') and time.time() - os.stat(path).st_mtime > max_age_seconds:
+        if re.fullmatch(re.escape(name) + r'\.\d+(\.gz)?', backup) and time.time() - os.stat(path).st_mtime > max_age_seconds:
             os.remove(path)
     claim_file(source)
 
@@ -2361,6 +2417,8 @@ def set_up_log(options: argparse.Namespace) -> None:
                         datefmt='%Y-%m-%dT%H:%M:%SZ')
     # What grpc has to say comes back as a status of the call.
     logging.getLogger('grpc').setLevel(logging.CRITICAL)
+    # A log file that cannot be written any more must not fill stderr with tracebacks.
+    logging.raiseExceptions = False
     if failure:
         log.warning('log file %s cannot be written (%s): logging to stderr alone', path, failure.strerror)
 
@@ -2411,14 +2469,14 @@ BOOLEAN: Dict[str, Any] = {'type': argument_boolean, 'nargs': '?', 'const': True
 # Each flag may also come from the environment: --relay-address as KUBENSAGE_RELAY_ADDRESS.
 FLAGS: Dict[str, Dict[str, Any]] = {
     '--relay-address': dict(type=argument_address, metavar='HOST:PORT', help='deliver the snapshots to this relay'),
-    '--main-loop-duration': dict(type=number_from(0.1, 'a number of seconds, 0.1 or more', float), default=5.0,
+    '--main-loop-duration': dict(type=number_from(0.1, 'a number of seconds, 0.1 or more', float), default=5,
                                  metavar='SECONDS', help='time from one snapshot to the next'),
-    '--buffer-retention': dict(type=number_from(0.01, 'a number of minutes, above 0', float), default=10.0,
+    '--buffer-retention': dict(type=number_from(0.01, 'a number of minutes, above 0', float), default=10,
                                metavar='MINUTES', help='how long a snapshot waits for a relay that is away'),
-    '--buffer-max-size': dict(type=number_from(0.01, 'a number of megabytes, above 0', float), default=64.0, metavar='MB',
+    '--buffer-max-size': dict(type=number_from(0.01, 'a number of megabytes, above 0', float), default=64, metavar='MB',
                               help='memory that waiting snapshots may take, compressed'),
     '--spool-dir': dict(metavar='DIR', help='keep waiting snapshots there, so that they survive the agent'),
-    '--spool-max-size': dict(type=number_from(0.01, 'a number of megabytes, above 0', float), default=512.0, metavar='MB',
+    '--spool-max-size': dict(type=number_from(0.01, 'a number of megabytes, above 0', float), default=512, metavar='MB',
                              help='disk that waiting snapshots may take'),
     '--relay-tls': dict(BOOLEAN, default=False, help="speak TLS to the relay, trusting the system's roots"),
     '--relay-ca': dict(metavar='FILE', help='speak TLS to the relay, trusting these certificates alone (PEM)'),
@@ -2438,11 +2496,11 @@ FLAGS: Dict[str, Dict[str, Any]] = {
     '--log-level': dict(type=one_of('debug', 'info', 'warning', 'error'), default='info',
                         metavar='debug|info|warning|error', help='the least severe level to log'),
     '--log-file': dict(metavar='PATH', help=f'log there as well as to stderr; with a relay {DEFAULT_LOG_FILE} by default'),
-    '--log-max-size': dict(type=number_from(0.001, 'a number of megabytes, above 0', float), default=10.0, metavar='MB',
+    '--log-max-size': dict(type=number_from(0.001, 'a number of megabytes, above 0', float), default=10, metavar='MB',
                            help='size at which the log file is rotated'),
     '--log-max-backups': dict(type=number_from(0, 'a whole number, 0 or more'), default=5, metavar='N',
                               help='rotated log files to keep; 0 keeps all'),
-    '--log-max-age': dict(type=number_from(0, 'a number of days, 0 or more', float), default=30.0, metavar='DAYS',
+    '--log-max-age': dict(type=number_from(0, 'a number of days, 0 or more', float), default=30, metavar='DAYS',
                           help='age at which rotated log files are removed; 0 keeps them'),
     '--log-compress': dict(BOOLEAN, default=True, help='compress rotated log files'),
 }
@@ -2461,13 +2519,15 @@ def fail_usage(source: str, message: str) -> None:
 
 def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog='kubensage-agent', allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        prog='kubensage-agent', allow_abbrev=False,
         description='Reads this Kubernetes node, its pods and containers, and delivers a snapshot every few seconds to a '
                     'relay; or, without a relay, shows it.',
         epilog='Every flag can also come from the environment: KUBENSAGE_RELAY_ADDRESS for --relay-address. The command '
                'line wins.')
     for flag, settings in FLAGS.items():
-        parser.add_argument(flag, **settings)
+        default = settings.get('default')
+        shown = '' if default in (None, False) else ' (default: %(default)s)'
+        parser.add_argument(flag, **{**settings, 'help': settings['help'] + shown})
     parser.add_argument('--version', action='version', version=f'kubensage-agent {__version__}')
     return parser
 
@@ -2580,15 +2640,22 @@ def backlog_from(options: argparse.Namespace) -> Backlog:
 
 
 def show(metrics: wire.Metrics, output: str) -> None:
-    sys.stdout.write(RENDERERS[output](metrics).rstrip('\n') + '\n')
-    sys.stdout.flush()
+    """To stdout, which may be closed (>&-)."""
+    if sys.stdout:
+        sys.stdout.write(RENDERERS[output](metrics).rstrip('\n') + '\n')
+        sys.stdout.flush()
 
 
 def hand_over(metrics: wire.Metrics, options: argparse.Namespace, backlog: Optional[Backlog]) -> Dict[str, str]:
     """To the backlog, or without a relay to stdout; gives what went wrong."""
     if backlog is not None:
         return add_snapshot(backlog, metrics.SerializeToString())
-    show(metrics, options.output)
+    try:
+        show(metrics, options.output)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        return {'output': error.strerror}
     return {}
 
 
@@ -2655,7 +2722,11 @@ def run_loop(roots: Roots, options: argparse.Namespace) -> int:
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
     options = parse_options(arguments, dict(os.environ))
-    options.output = options.output or ('table' if sys.stdout.isatty() else 'json')
+    options.cri_socket = options.cri_socket or os.environ.get('CONTAINER_RUNTIME_ENDPOINT')
+    options.output = options.output or ('table' if sys.stdout and sys.stdout.isatty() else 'json')
+    if sys.stdout:
+        # A terminal of another encoding gets a ? and not a traceback.
+        sys.stdout.reconfigure(errors='replace')
     set_up_log(options)
     log_blind_spots()
     roots = Roots(options.procfs, options.sysfs, options.rootfs)

@@ -1,0 +1,2960 @@
+"""Tests of kubensage-agent, in the order of its sections. Standard library only: `python3 -m unittest`.
+
+Texts of real systems are constants below, each with its kernel and machine. Where a number could be swapped with its
+neighbour, the text counts 1, 2, 3, ... instead: zeros hide swaps. The runtime and the relay are played by real gRPC
+servers on real sockets; and where containerd is installed and the user is root, the agent meets a real one.
+"""
+from __future__ import annotations
+
+import argparse
+import collections
+import concurrent.futures
+import contextlib
+import errno
+import glob
+import gzip
+import hashlib
+import io
+import json
+import logging
+import math
+import os
+import queue
+import random
+import re
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import tarfile
+import tempfile
+import textwrap
+import threading
+import time
+import unittest
+import uuid
+from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
+from unittest import mock
+
+# First: it brings grpc along from the archive where none is installed.
+import agent
+import cri_pb2 as cri
+import grpc
+import kubensage_pb2 as wire
+from google.protobuf import json_format
+
+# --- texts
+
+# kernel 6.12, Debian 13, x86_64; intr and softirq shortened
+STAT = '''\
+cpu  11325 0 15923 20895 113 0 487 0 0 0
+cpu0 5728 0 8092 10188 73 0 241 0 0 0
+cpu1 5597 0 7830 10707 40 0 245 0 0 0
+intr 223011 118 9 0 0 34
+ctxt 297051
+btime 1795425261
+processes 2860
+procs_running 2
+procs_blocked 0
+softirq 123636 0 22132 8 7522
+'''
+# kernel 6.12, Debian 13, x86_64; flags shortened, lines after them left out
+CPUINFO_X86 = '''\
+processor\t: 0
+vendor_id\t: AuthenticAMD
+model\t\t: 107
+model name\t: QEMU TCG CPU version 2.5+
+cpu MHz\t\t: 2596.131
+physical id\t: 0
+core id\t\t: 0
+flags\t\t: fpu de pse
+power management:
+
+processor\t: 1
+vendor_id\t: AuthenticAMD
+model\t\t: 107
+model name\t: QEMU TCG CPU version 2.5+
+cpu MHz\t\t: 2596.131
+physical id\t: 0
+core id\t\t: 1
+flags\t\t: fpu de pse
+power management:
+
+'''
+# kernel 6.1, ARM, emulated; the first of four
+CPUINFO_ARM = '''\
+processor\t: 0
+BogoMIPS\t: 125.00
+Features\t: fp asimd evtstrm aes
+CPU implementer\t: 0x41
+CPU architecture: 8
+CPU variant\t: 0x4
+CPU part\t: 0xd0c
+CPU revision\t: 1
+
+'''
+# kernel 6.12, Debian 13, x86_64; the first lines and some of the last
+MEMINFO = '''\
+MemTotal:        4015532 kB
+MemFree:         3529532 kB
+MemAvailable:    3551804 kB
+Buffers:            7832 kB
+Active(anon):     155800 kB
+HugePages_Total:       0
+Hugepagesize:       2048 kB
+'''
+# kernel 6.12, Debian 13, x86_64
+PRESSURE_CPU = '''\
+some avg10=70.95 avg60=69.15 avg300=38.90 total=169091998
+full avg10=0.00 avg60=0.00 avg300=0.00 total=0
+'''
+# kernel 6.12, Debian 13, x86_64: containerd
+STATM = b'523825 15654 9596 5024 0 38050 0\n'
+# kernel 6.12, Debian 13, x86_64; some lines
+MOUNTINFO = '''\
+24 29 0:22 / /sys rw,nosuid,nodev,noexec,relatime shared:6 - sysfs sysfs rw
+29 1 254:1 / / rw,relatime shared:1 - ext4 /dev/vda1 rw,errors=remount-ro
+40 29 0:33 / /tmp rw,nosuid,nodev shared:17 - tmpfs tmpfs rw,size=2007768k,nr_inodes=1048576,inode64
+49 29 254:16 / /data rw,noatime shared:89 - ext4 /dev/vdb rw
+467 28 0:4 net:[4026532469] /run/netns/cni-d4ba223f rw shared:226 - nsfs nsfs rw
+'''
+# kernel 6.1, ARM, emulated; no optional fields
+MOUNTINFO_ARM = '''\
+1 1 0:2 / / rw - rootfs rootfs rw,size=466448k,nr_inodes=116612,inode64
+28 1 254:16 / /data rw,relatime - ext4 /dev/vdb rw
+'''
+# kernel 6.12, Debian 13, x86_64
+DISKSTATS = '''\
+ 254       0 vda 3739 488 1629322 4249 3588 3074 1308976 14908 0 6104 19638 0 0 0 0 801 479
+ 254       1 vda1 3653 488 1626698 4160 3587 3074 1308976 14906 0 7052 19066 0 0 0 0 0 0
+ 254      16 vdb 135 0 3978 108 1 0 8 3 0 108 112 0 0 0 0 1 0
+'''
+# kernel 6.18, x86_64: the answer to RTM_GETADDR of a network namespace with lo alone, 127.0.0.1/8 and ::1/128
+ADDRESSES = bytes.fromhex(
+    '4c00000014000200010000008f2f0000020880fe01000000080001007f000001080002007f000001070003006c6f0000'
+    '080008008000000014000600ffffffffffffffffaada0200aada0200'
+    '5000000014000200010000008f2f00000a8080fe010000001400010000000000000000000000000000000001'
+    '14000600ffffffffffffffffaada0200aada0200080008008000000005000b0001000000'
+    '1400000003000200010000008f2f000000000000')
+# kernel 6.12, Debian 13, x86_64; some interfaces
+NET_DEV = '''\
+Inter-|   Receive                                                |  Transmit
+ face |bytes    packets errs drop fifo frame compressed multicast|bytes    packets errs drop fifo colls carrier compressed
+    lo:       0       0    0    0    0     0          0         0        0       0    0    0    0     0       0          0
+enp0s3:   50152     196    0    0    0     0          0         0    29478     145    0    0    0     0       0          0
+  cni0:  324400    5942    0    0    0     0          0        54 169286850    6438    0    2    0     0       0          0
+'''
+# kernel 6.12, Debian 13, x86_64; padding shortened
+ROUTE = '''\
+Iface\tDestination\tGateway \tFlags\tRefCnt\tUse\tMetric\tMask\t\tMTU\tWindow\tIRTT
+enp0s3\t00000000\t0202000A\t0003\t0\t0\t1024\t00000000\t0\t0\t0
+enp0s3\t0002000A\t00000000\t0001\t0\t0\t1024\t00FFFFFF\t0\t0\t0
+cni0\t0000580A\t00000000\t0001\t0\t0\t0\t0000FFFF\t0\t0\t0
+'''
+# kernel 6.1, ARM, emulated: a link, the default route, and the entry that rejects what has no route
+ZEROS = '0' * 32
+IPV6_ROUTE = f'''\
+fe800000000000000000000000000000 40 {ZEROS} 00 {ZEROS} 00000100 00000002 00000000 00000001     eth0
+{ZEROS} 00 {ZEROS} 00 fe800000000000000000000000000002 00000400 00000001 00000000 00450003     eth0
+{ZEROS} 00 {ZEROS} 00 {ZEROS} ffffffff 00000001 00000000 00200200       lo
+'''
+# Debian 13; without the addresses
+OS_RELEASE = '''\
+PRETTY_NAME="Debian GNU/Linux 13 (trixie)"
+NAME="Debian GNU/Linux"
+VERSION_ID="13"
+VERSION="13 (trixie)"
+VERSION_CODENAME=trixie
+DEBIAN_VERSION_FULL=13.7
+ID=debian
+'''
+# kernel 6.12, Debian 13, x86_64
+UPTIME = '261.95 208.96\n'
+
+# A node of one CPU, with texts from above: the kernel's file by its path under the root.
+NODE = {
+    'proc/stat': STAT.replace('cpu1 5597 0 7830 10707 40 0 245 0 0 0\n', ''),
+    'proc/cpuinfo': CPUINFO_X86.partition('\n\n')[0],
+    'proc/meminfo': MEMINFO,
+    'proc/pressure/cpu': PRESSURE_CPU,
+    'proc/pressure/memory': 'some avg10=1.50 avg60=2.50 avg300=3.50 total=4\nfull avg10=5.50 avg60=6.50 avg300=7.50 total=8\n',
+    'proc/pressure/io': 'some avg10=0.01 avg60=0.02 avg300=0.03 total=9\n',
+    'proc/1/statm': f'9 {2 ** 20 // agent.PAGE_SIZE_BYTES} 3 4 5 6 7\n',
+    'proc/1/comm': 'systemd\n',
+    'proc/1/mountinfo': MOUNTINFO,
+    'proc/1/net/dev': NET_DEV,
+    'proc/1/net/route': ROUTE,
+    'proc/1/net/ipv6_route': IPV6_ROUTE,
+    'proc/2/statm': '0 0 0 0 0 0 0\n',
+    'proc/2/comm': 'kthreadd\n',
+    'proc/2592/statm': f'9 {2 ** 21 // agent.PAGE_SIZE_BYTES} 3 4 5 6 7\n',
+    'proc/2592/comm': 'new\nline) R 1\n',
+    'proc/diskstats': DISKSTATS,
+    'proc/uptime': UPTIME,
+    'proc/sys/kernel/hostname': 'node-d13\n',
+    'proc/sys/kernel/osrelease': '6.12.107+deb13-cloud-amd64\n',
+    'proc/sys/kernel/arch': 'x86_64\n',
+    'proc/sys/kernel/random/boot_id': '06f83538-a376-46cd-8a8f-81923a2e4bbd\n',
+    'sys/block/vda/vda1/partition': '1\n',
+    'sys/block/vdb/size': '4194304\n',
+    'sys/devices/system/cpu/cpu0/topology/physical_package_id': '0\n',
+    'sys/devices/system/cpu/cpu0/topology/core_id': '0\n',
+    'sys/class/net/lo/ifindex': '1\n', 'sys/class/net/lo/mtu': '65536\n', 'sys/class/net/lo/flags': '0x9\n',
+    'sys/class/net/lo/address': '00:00:00:00:00:00\n',
+    'sys/class/net/enp0s3/ifindex': '2\n', 'sys/class/net/enp0s3/mtu': '1500\n', 'sys/class/net/enp0s3/flags': '0x1003\n',
+    'sys/class/net/enp0s3/address': '52:54:00:d1:3d:13\n',
+    'etc/os-release': OS_RELEASE,
+    'etc/debian_version': '13.7\n',
+    'etc/machine-id': 'D249C0486159F80557CE12D99828162B\n',
+    'data/empty': '',
+}
+
+
+def write_tree(root, files):
+    for path, content in files.items():
+        os.makedirs(os.path.dirname(os.path.join(root, path)), exist_ok=True)
+        with open(os.path.join(root, path), 'wb') as file:
+            file.write(content if isinstance(content, bytes) else content.encode())
+
+
+def roots_below(root):
+    return agent.Roots(f'{root}/proc', f'{root}/sys', root)
+
+
+def run_agent(*arguments, **environment):
+    clean = {name: value for name, value in os.environ.items() if not name.startswith('KUBENSAGE_')}
+    return subprocess.run([sys.executable, agent.__file__, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          encoding='utf-8', timeout=60, env={**clean, **environment})
+
+
+def run_on_tree(root, *arguments, **environment):
+    """One snapshot of a tree, without a container runtime."""
+    return run_agent('--once', '--procfs', f'{root}/proc', '--sysfs', f'{root}/sys', '--rootfs', root,
+                     '--cri-socket', f'{root}/no.sock', *arguments, **environment)
+
+
+class AgentTest(unittest.TestCase):
+    maxDiff = None
+
+    def directory(self):
+        directory = tempfile.TemporaryDirectory()
+        self.addCleanup(directory.cleanup)
+        return directory.name
+
+    def tree(self, files):
+        """A root in a temporary directory, with these files."""
+        root = self.directory()
+        write_tree(root, files)
+        return root
+
+    def tool(self, *command):
+        """What a program of this machine prints; skips where it is absent or refuses."""
+        try:
+            return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True, encoding='utf-8',
+                                  env={**os.environ, 'LC_ALL': 'C'}).stdout
+        except (OSError, subprocess.CalledProcessError) as error:
+            self.skipTest(f'{command[0]}: {error}')
+
+    def check_parse(self, parse, accepted, malformed):
+        """accepted: what it is → (text, value); malformed: what it is → (text, the part of it that the error names)."""
+        for what, (text, value) in accepted.items():
+            with self.subTest(what):
+                self.assertEqual(value, parse(text))
+        for what, (text, named) in malformed.items():
+            with self.subTest(what), self.assertRaisesRegex(ValueError, re.escape(named)):
+                parse(text)
+
+    def check_table(self, function, table):
+        """(arguments, result) of a function without side effects."""
+        for arguments, result in table:
+            with self.subTest(arguments=arguments):
+                self.assertEqual(result, function(*arguments))
+
+
+LIVE = agent.Roots('/proc', '/sys', '/')
+
+
+# --- files
+
+class FilesTest(AgentTest):
+    def test_what_is_absent_is_none(self):
+        root = self.tree({'file': 'x'})
+        for path in ('none', 'no/directory', 'file/below'):
+            for read in (agent.read_bytes, agent.read_text, agent.read_line, agent.read_int):
+                with self.subTest(read=read.__name__, path=path):
+                    self.assertIsNone(read(root, path))
+        self.assertEqual([], agent.read_names(root, 'none'))
+        self.assertEqual([], agent.read_names(root, 'file'))
+
+    def test_what_this_user_may_not_read_is_none(self):
+        root = self.tree({'file': 'x', 'directory/x': ''})
+        for name in ('file', 'directory'):
+            os.chmod(f'{root}/{name}', 0)
+            self.addCleanup(os.chmod, f'{root}/{name}', 0o700)
+        if os.geteuid() == 0:    # who may read everything
+            os.chmod(root, 0o755)
+            self.addCleanup(os.seteuid, 0)
+            os.seteuid(65534)
+        self.assertIsNone(agent.read_text(root, 'file'))
+        self.assertEqual([], agent.read_names(root, 'directory'))
+
+    def test_other_errors_are_the_callers(self):
+        """/proc/PID/mem opens, and has nothing at address 0: EIO."""
+        with self.assertRaises(OSError) as raised:
+            agent.read_bytes('/proc/self', 'mem')
+        self.assertEqual(errno.EIO, raised.exception.errno)
+
+    def test_speed_of_loopback_is_none(self):
+        try:
+            with open('/sys/class/net/lo/speed') as file:
+                file.read()
+        except OSError as error:
+            if isinstance(error, (FileNotFoundError, PermissionError)):
+                self.skipTest(f'/sys/class/net/lo/speed: {error}')
+        else:
+            self.skipTest('this kernel knows a speed of lo')
+        self.assertIsNone(agent.read_int('/sys', 'class/net/lo/speed'))
+        with self.assertRaises(OSError):
+            agent.read_text('/sys', 'class/net/lo/speed')
+
+    def test_file_longer_than_one_read(self):
+        data = bytes(range(256)) * 1024
+        self.assertEqual(data, agent.read_bytes(self.tree({'long': data}), 'long'))
+
+    def test_text_that_is_not_utf8(self):
+        self.assertEqual('a\ufffd\ufffd\n', agent.read_text(self.tree({'comm': b'a\xff\xfe\n'}), 'comm'))
+
+    def test_line_is_without_white_space_and_empty_is_none(self):
+        root = self.tree({'a': ' one two \n', 'empty': '', 'blank': ' \n'})
+        self.assertEqual(['one two', None, None], [agent.read_line(root, name) for name in ('a', 'empty', 'blank')])
+
+    def test_numbers(self):
+        root = self.tree({'decimal': '12\n', 'hex': '0x1003\n', 'negative': '-1\n', 'empty': '\n', 'word': 'up\n'})
+        values = [agent.read_int(root, name) for name in ('decimal', 'hex', 'negative', 'empty')]
+        self.assertEqual([12, 0x1003, -1, None], values)
+        with self.assertRaisesRegex(ValueError, "word.*'up'"):
+            agent.read_int(root, 'word')
+
+    def test_malformed_line_is_named_with_its_file_and_shortened(self):
+        for error in agent.MALFORMED:
+            def fail(line):
+                raise error(line)
+            with self.subTest(error=error.__name__), self.assertRaisesRegex(ValueError, r"^f: malformed line: 'x{200}'$"):
+                agent.parse_lines('f', ['x' * 999], fail)
+
+
+# --- CPU
+
+class CpuTest(AgentTest):
+    def test_stat(self):
+        ten = ' '.join(map(str, range(1, 11)))
+        self.check_parse(agent.parse_stat, {
+            'real': (STAT, (
+                {'cpu': agent.CpuTimes(11325, 0, 15923, 20895, 113, 0, 487),
+                 'cpu0': agent.CpuTimes(5728, 0, 8092, 10188, 73, 0, 241),
+                 'cpu1': agent.CpuTimes(5597, 0, 7830, 10707, 40, 0, 245)},
+                {'intr': 223011, 'ctxt': 297051, 'btime': 1795425261, 'processes': 2860, 'procs_running': 2,
+                 'procs_blocked': 0, 'softirq': 123636})),
+            'columns in order': (f'cpu {ten}', ({'cpu': agent.CpuTimes(
+                user=1, nice=2, system=3, idle=4, iowait=5, irq=6, softirq=7, steal=8, guest=9, guest_nice=10)}, {})),
+            'oldest': ('cpu0 1 2 3 4', ({'cpu0': agent.CpuTimes(1, 2, 3, 4, 0, 0, 0, 0, 0, 0)}, {})),
+            'extra column': (f'cpu {ten} 11', ({'cpu': agent.CpuTimes(*range(1, 11))}, {})),
+            'empty': ('', ({}, {})),
+        }, {
+            'too few columns': ('cpu 1 2 3\n', "stat: malformed line: 'cpu 1 2 3'"),
+            'not a number': ('btime 1\ncpu 1 2 x 4\n', "'cpu 1 2 x 4'"),
+            'no number': ('ctxt\n', "'ctxt'"),
+        })
+
+    def test_cpuinfo(self):
+        self.check_parse(agent.parse_cpuinfo, {
+            'x86': (CPUINFO_X86, {number: {
+                'processor': str(number), 'vendor_id': 'AuthenticAMD', 'model': '107', 'model name': 'QEMU TCG CPU version 2.5+',
+                'cpu MHz': '2596.131', 'physical id': '0', 'core id': str(number), 'flags': 'fpu de pse',
+                'power management': ''} for number in (0, 1)}),
+            'ARM': (CPUINFO_ARM, {0: {
+                'processor': '0', 'BogoMIPS': '125.00', 'Features': 'fp asimd evtstrm aes', 'CPU implementer': '0x41',
+                'CPU architecture': '8', 'CPU variant': '0x4', 'CPU part': '0xd0c', 'CPU revision': '1'}}),
+            'a last block that is no CPU': ('processor: 3\n\nHardware: BCM2835\n', {3: {'processor': '3'}}),
+            'value with a colon': ('processor: 0\nisa: a:b\n', {0: {'processor': '0', 'isa': 'a:b'}}),
+            'empty': ('', {}),
+        }, {
+            'no colon': ('processor: 0\nmodel\n', "cpuinfo: malformed line: 'model'"),
+            'processor is no number': ('processor: first\n', "'first'"),
+        })
+
+    def test_percent_is_busy_of_elapsed_time(self):
+        zero = agent.CpuTimes(0, 0, 0, 0)
+        self.check_table(agent.cpu_percent, [
+            ((zero, agent.CpuTimes(*range(1, 11))), 75.0),    # of 1 + ... + 8, without idle 4 and iowait 5; guest is in user
+            ((zero, agent.CpuTimes(1, 2, 3, 4)), 60.0),
+            ((zero, agent.CpuTimes(0, 0, 0, 7, 3)), 0.0),
+            ((agent.CpuTimes(100, 0, 0, 100), agent.CpuTimes(130, 0, 0, 170)), 30.0),
+            ((agent.CpuTimes(1, 0, 0, 50), agent.CpuTimes(6, 0, 0, 40)), 100.0),              # idle went backwards
+            ((agent.CpuTimes(1, 0, 0, 1, 50), agent.CpuTimes(2, 0, 0, 2, 40)), 50.0),         # iowait went backwards
+            ((agent.CpuTimes(*range(1, 11)), agent.CpuTimes(*range(1, 11))), None),
+        ])
+
+    def test_arm_names_are_those_of_lscpu_and_else_the_numbers(self):
+        self.check_table(agent.arm_names, [
+            (('0x41', '0xd0c'), ('ARM', 'Neoverse-N1')),
+            (('0xc0', '0xac4'), ('Ampere', 'Ampere-1a')),
+            (('0x41', '0xfff'), ('ARM', '0x41/0xfff')),
+            (('0x7f', '0xd0c'), ('0x7f', '0x7f/0xd0c')),
+        ])
+
+    def test_cores_are_distinct_core_ids_of_a_package(self):
+        cpus = [agent.CpuIdentity(None, None, package, core, None)
+                for package, core in ((0, 0), (0, 0), (0, 1), (1, 0), (1, None))]
+        self.assertEqual({0: 2, 1: 1}, agent.cores_by_package(cpus))
+
+    def collect(self, files, before=None):
+        return agent.collect_cpu(roots_below(self.tree(files)), before)
+
+    def test_cpu_of_sysfs_and_cpuinfo(self):
+        fields, _ = self.collect({
+            'proc/stat': 'cpu 1 2 3 4\ncpu0 1 2 3 4\ncpu3 1 2 3 4\nbtime 5\n', 'proc/cpuinfo': CPUINFO_X86,
+            'sys/devices/system/cpu/cpu0/topology/physical_package_id': '7\n',
+            'sys/devices/system/cpu/cpu0/topology/core_id': '8\n',
+            'sys/devices/system/cpu/cpu0/cpufreq/cpuinfo_max_freq': '3500999\n',
+        })
+        self.assertEqual({'boot_time': 5, 'total_cpu_percentage': None, 'cpu_infos': [
+            wire.CpuInfo(cpu=0, cores=1, model='QEMU TCG CPU version 2.5+', vendor_id='AuthenticAMD', mhz=3500,
+                         physical_id='7', core_id='8'),
+            wire.CpuInfo(cpu=3)]}, fields)
+
+    def test_cpu_without_sysfs_has_the_topology_of_cpuinfo(self):
+        fields, _ = self.collect({'proc/stat': 'cpu1 1 2 3 4\n', 'proc/cpuinfo': CPUINFO_X86})
+        self.assertEqual([wire.CpuInfo(cpu=1, cores=1, model='QEMU TCG CPU version 2.5+', vendor_id='AuthenticAMD',
+                                       mhz=2596, physical_id='0', core_id='1')], fields['cpu_infos'])
+
+    def test_arm_cpu_has_names_and_package_minus_one_is_none(self):
+        topology = {f'sys/devices/system/cpu/cpu0/topology/{name}': '-1\n' for name in ('physical_package_id', 'core_id')}
+        fields, _ = self.collect({'proc/stat': 'cpu0 1 2 3 4\n', 'proc/cpuinfo': CPUINFO_ARM, **topology})
+        self.assertEqual([wire.CpuInfo(cpu=0, model='Neoverse-N1', vendor_id='ARM')], fields['cpu_infos'])
+
+    def test_usage_is_since_the_previous_sample(self):
+        _, before = self.collect({'proc/stat': 'cpu 10 0 0 10\ncpu0 5 0 0 5\ncpu1 5 0 0 5\n'})
+        fields, _ = self.collect({'proc/stat': 'cpu 19 0 0 11\ncpu0 8 0 0 6\ncpu1 5 0 0 5\ncpu2 1 0 0 1\n'}, before)
+        self.assertEqual(90.0, fields['total_cpu_percentage'])
+        self.assertEqual([(0, 75.0), (1, None), (2, None)],
+                         [(cpu.cpu, cpu.usage if cpu.HasField('usage') else None) for cpu in fields['cpu_infos']])
+
+    def test_identities_are_read_again_when_other_cpus_are_online(self):
+        _, before = self.collect({'proc/stat': 'cpu0 1 2 3 4\n', 'proc/cpuinfo': CPUINFO_X86})
+        _, same = self.collect({'proc/stat': 'cpu0 1 2 3 4\n', 'proc/cpuinfo': CPUINFO_ARM}, before)
+        _, other = self.collect({'proc/stat': 'cpu0 1 2 3 4\ncpu1 1 2 3 4\n', 'proc/cpuinfo': CPUINFO_ARM}, before)
+        self.assertIs(before.identities, same.identities)
+        self.assertEqual(['Neoverse-N1', None], [cpu.model for cpu in other.identities.values()])
+
+    def test_cpus_are_those_that_getconf_counts(self):
+        fields, _ = agent.collect_cpu(LIVE, None)
+        self.assertEqual(int(self.tool('getconf', '_NPROCESSORS_ONLN')), len(fields['cpu_infos']))
+
+    def test_cpus_of_this_process_are_those_that_nproc_counts(self):
+        fields, _ = agent.collect_cpu(LIVE, None)
+        numbers = {cpu.cpu for cpu in fields['cpu_infos']} & os.sched_getaffinity(0)
+        self.assertEqual(int(self.tool('env', '-u', 'OMP_NUM_THREADS', '-u', 'OMP_THREAD_LIMIT', 'nproc')), len(numbers))
+
+
+# --- memory
+
+class MemoryTest(AgentTest):
+    def test_meminfo(self):
+        self.check_parse(agent.parse_meminfo, {
+            'real': (MEMINFO, {
+                'MemTotal': 4015532 * 1024, 'MemFree': 3529532 * 1024, 'MemAvailable': 3551804 * 1024, 'Buffers': 7832 * 1024,
+                'Active(anon)': 155800 * 1024, 'HugePages_Total': 0, 'Hugepagesize': 2048 * 1024}),
+            'without a unit': ('HugePages_Total:       3\n', {'HugePages_Total': 3}),
+            'empty': ('', {}),
+        }, {
+            'no colon': ('MemTotal 1 kB\n', "meminfo: malformed line: 'MemTotal 1 kB'"),
+            'no number': ('MemTotal: 1 kB\nMemFree:\n', "'MemFree:'"),
+            'not a number': ('MemTotal: many kB\n', "'MemTotal: many kB'"),
+        })
+
+    def collect(self, text):
+        return agent.collect_memory(roots_below(self.tree({'proc/meminfo': text})), None)[0]
+
+    def test_used_is_what_is_not_available(self):
+        unset = dict.fromkeys(('total_memory', 'available_memory', 'used_memory', 'memory_used_perc'))
+        self.check_table(self.collect, [
+            (('MemTotal: 400 kB\nMemFree: 1 kB\nMemAvailable: 300 kB\n',),
+             {'total_memory': 409600, 'available_memory': 307200, 'used_memory': 102400, 'memory_used_perc': 25.0}),
+            (('MemTotal: 400 kB\nMemFree: 1 kB\n',), {**unset, 'total_memory': 409600}),      # before Linux 3.14
+            (('MemTotal: 1 kB\nMemAvailable: 2 kB\n',),
+             {'total_memory': 1024, 'available_memory': 2048, 'used_memory': 0, 'memory_used_perc': 0.0}),
+            (('MemTotal: 0 kB\nMemAvailable: 0 kB\n',),
+             {**unset, 'total_memory': 0, 'available_memory': 0, 'used_memory': 0}),
+            (('',), unset),
+        ])
+
+    def test_memory_is_that_of_free(self):
+        line = self.tool('free', '-b').splitlines()[1].split()
+        fields, _ = agent.collect_memory(LIVE, None)
+        self.assertEqual(int(line[1]), fields['total_memory'])
+        self.assertAlmostEqual(int(line[6]), fields['available_memory'], delta=fields['total_memory'] / 10)
+
+
+# --- pressure
+
+class PressureTest(AgentTest):
+    def test_pressure(self):
+        counting = {'total': 4, 'avg10': 1.0, 'avg60': 2.0, 'avg300': 3.0}
+        self.check_parse(agent.parse_pressure, {
+            'real': (PRESSURE_CPU, {
+                'some': {'avg10': 70.95, 'avg60': 69.15, 'avg300': 38.90, 'total': 169091998},
+                'full': {'avg10': 0.0, 'avg60': 0.0, 'avg300': 0.0, 'total': 0}}),
+            'oldest: cpu without full': ('some avg10=1 avg60=2 avg300=3 total=4\n', {'some': counting}),
+            'irq has full alone': ('full avg10=1 avg60=2 avg300=3 total=4\n', {'full': counting}),
+            'another order': ('some total=4 avg300=3 avg60=2 avg10=1\n', {'some': counting}),
+            'empty': ('', {}),
+        }, {
+            'no equals sign': ('some avg10\n', "pressure: malformed line: 'some avg10'"),
+            'not a number': ('some avg10=x avg60=2 avg300=3 total=4\n', "'some avg10=x avg60=2"),
+            'total is a fraction': ('some avg10=1 avg60=2 avg300=3 total=4.5\n', 'total=4.5'),
+            'total is missing': ('some avg10=1 avg60=2 avg300=3\n', "'some avg10=1 avg60=2 avg300=3'"),
+        })
+        self.assertIsInstance(agent.parse_pressure(PRESSURE_CPU)['some']['total'], int)
+
+    def test_averages_and_total_are_in_their_fields(self):
+        psi = agent.build_psi_metrics(agent.parse_pressure('some avg10=1 avg60=2 avg300=3 total=4\n'))
+        self.assertEqual([1.0, 2.0, 3.0, 4], [getattr(psi.some, name).value for name in ('avg10', 'avg60', 'avg300', 'total')])
+
+    def test_absent_line_is_unset_and_zero_is_a_value(self):
+        root = self.tree({'proc/pressure/cpu': 'full avg10=0.00 avg60=0.00 avg300=0.00 total=0\n', 'proc/pressure/io': ''})
+        fields, _ = agent.collect_pressure(roots_below(root), None)
+        self.assertEqual({'psi_cpu_metrics', 'psi_memory_metrics', 'psi_io_metrics'}, fields.keys())
+        self.assertTrue(fields['psi_cpu_metrics'].full.HasField('total'))
+        self.assertFalse(fields['psi_cpu_metrics'].HasField('some'))
+        self.assertIsNone(fields['psi_memory_metrics'])
+        self.assertIsNone(fields['psi_io_metrics'])
+
+
+# --- processes
+
+class ProcessesTest(AgentTest):
+    def test_statm(self):
+        self.check_parse(agent.parse_statm, {
+            'real': (STATM, 15654), 'counting': (b'1 2 3 4 5 6 7\n', 2), 'extra': (b'1 2 3 4 5 6 7 8\n', 2),
+            'zombie': (b'0 0 0 0 0 0 0\n', 0),
+        }, {
+            'empty': (b'', 'statm'), 'one column': (b'11\n', "statm: malformed line: b'11"), 'no number': (b'1 x 3\n', "b'1 x 3"),
+        })
+
+    def test_largest_come_first_and_without_memory_never(self):
+        sizes = {4: 10, 2: 30, 3: 0, 9: 20, 7: 20}
+        self.check_table(agent.largest_processes, [
+            ((sizes, 3), [(2, 30), (7, 20), (9, 20)]), ((sizes, 99), [(2, 30), (7, 20), (9, 20), (4, 10)]), ((sizes, 0), []),
+        ])
+
+    def collect(self, files, top_n=10):
+        return agent.collect_processes(roots_below(self.tree(files)), None, top_n)[0]
+
+    def test_name_may_hold_anything(self):
+        for comm, name in {
+                b'a) b (c\n': 'a) b (c', b'new\nline) R 1\n': 'new\nline) R 1', b'\n': '', b'two\n\n': 'two\n', b' x \n': ' x ',
+                b'\xff\xfe\\x\n': '\ufffd\ufffd\\x', b'kworker/u9:0-writeback\n': 'kworker/u9:0-writeback', b'': ''}.items():
+            with self.subTest(comm=comm):
+                fields = self.collect({'proc/7/statm': '1 2 3\n', 'proc/7/comm': comm})
+                self.assertEqual([wire.ProcessMemInfo(pid=7, name=name, memory=2 * agent.PAGE_SIZE_BYTES)],
+                                 fields['processes_mem_info'])
+
+    def test_process_that_has_gone_is_absent(self):
+        fields = self.collect({'proc/7/statm': '1 3 3\n', 'proc/8/comm': 'no statm\n', 'proc/9/statm': '',
+                               'proc/10/statm': '1 2 3\n', 'proc/10/comm': 'whole\n', 'proc/1x/statm': 'no process'})
+        self.assertEqual((4, ['whole']), (fields['procs'], [process.name for process in fields['processes_mem_info']]))
+
+    def test_only_the_top_n_are_named_and_all_are_counted(self):
+        files = {f'proc/{pid}/{name}': text for pid in range(1, 6)
+                 for name, text in (('statm', f'1 {pid} 3\n'), ('comm', f'p{pid}\n'))}
+        fields = self.collect(files, 2)
+        self.assertEqual((5, ['p5', 'p4']), (fields['procs'], [process.name for process in fields['processes_mem_info']]))
+
+    def test_resident_set_is_that_of_ps(self):
+        with subprocess.Popen(['cat'], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as cat:
+            cat.stdin.write(b'x')
+            cat.stdin.flush()
+            cat.stdout.read(1)
+            try:
+                listed = int(self.tool('ps', '-o', 'rss=', '-p', str(cat.pid))) * 1024
+                self.assertAlmostEqual(listed, agent.collect_resident_bytes(LIVE, [cat.pid])[cat.pid], delta=1 << 20)
+            finally:
+                cat.stdin.close()
+
+
+# --- file systems
+
+def mount(device_number, mountpoint, fstype='ext4', source='/dev/vda'):
+    return agent.Mount(device_number, mountpoint, fstype, source)
+
+
+# f_bsize, f_frsize, f_blocks, f_bfree, f_bavail, f_files, f_ffree, f_favail, f_flag, f_namemax
+def space(blocks, free, available):
+    return os.statvfs_result((4096, 512, blocks, free, available, 6, 7, 8, 0, 255))
+
+
+class FileSystemsTest(AgentTest):
+    def test_mountinfo(self):
+        self.check_parse(agent.parse_mountinfo, {
+            'real': (MOUNTINFO, [
+                mount('0:22', '/sys', 'sysfs', 'sysfs'), mount('254:1', '/', source='/dev/vda1'),
+                mount('0:33', '/tmp', 'tmpfs', 'tmpfs'), mount('254:16', '/data', source='/dev/vdb'),
+                mount('0:4', '/run/netns/cni-d4ba223f', 'nsfs', 'nsfs')]),
+            'no optional field': (MOUNTINFO_ARM, [
+                mount('0:2', '/', 'rootfs', 'rootfs'), mount('254:16', '/data', source='/dev/vdb')]),
+            'two optional fields': (
+                '1 2 8:1 / /a rw shared:1 master:2 - xfs /dev/sda1 rw\n', [mount('8:1', '/a', 'xfs', '/dev/sda1')]),
+            'escapes': (
+                r'1 2 8:1 / /a\040b\011c\134d\012e rw - ext4 /dev/\043x rw', [mount('8:1', '/a b\tc\\d\ne', source='/dev/#x')]),
+            'empty source': ('1 2 0:9 / /a rw - fuse.x  rw\n', [mount('0:9', '/a', 'fuse.x', '')]),
+            'dash as a mount point': ('1 2 8:1 / - rw - ext4 /dev/vda rw\n', [mount('8:1', '-')]),
+            'form feed and line separator are not escaped': (
+                '1 2 8:1 / /a\fb\u2028c rw - ext4 /dev/vda rw\n', [mount('8:1', '/a\fb\u2028c')]),
+            'empty': ('', []),
+        }, {
+            'no dash': ('1 2 8:1 / /a rw shared:1 ext4 /dev/sda1 rw\n', "mountinfo: malformed line: '1 2 8:1 / /a rw shared:1"),
+            'cut after the dash': ('1 2 8:1 / /a rw - ext4\n', "'1 2 8:1 / /a rw - ext4'"),
+        })
+
+    def test_real_file_systems_once_each(self):
+        root, data = mount('8:1', '/'), mount('8:2', '/data', source='/dev/vdb')
+        for what, mounts, real in (
+                ('bind mounts', [mount('8:1', '/var/lib/kubelet/x'), root, mount('8:1', '/a'), data], [root, data]),
+                ('without storage', [mount('0:5', '/run', 'tmpfs', 'tmpfs'), mount('0:6', '/o', 'overlay', 'overlay'), data],
+                 [data]),
+                ('hidden by a later mount', [root, mount('8:3', '/data', source='/dev/vdc'), data], [root, data]),
+                ('hidden by one without storage', [root, data, mount('0:9', '/data', 'tmpfs', 'tmpfs')], [root]),
+                ('rootfs below the real root', [mount('0:2', '/', 'rootfs', 'rootfs'), root], [root]),
+                ('two network file systems', [mount('0:50', '/n', 'nfs4', 's:/n'), mount('0:51', '/m', 'nfs4', 's:/m')],
+                 [mount('0:50', '/n', 'nfs4', 's:/n'), mount('0:51', '/m', 'nfs4', 's:/m')]),
+                ('subvolumes of btrfs', [mount('0:31', '/home', 'btrfs'), mount('0:30', '/', 'btrfs')],
+                 [mount('0:30', '/', 'btrfs')]),
+                ('two names of one device',
+                 [mount('253:0', '/', source='/dev/dm-0'), mount('253:0', '/b', source='/dev/mapper/x')],
+                 [mount('253:0', '/', source='/dev/dm-0')]),
+                ('two of one name', [mount('0:60', '/f', 'fuse.a', '/dev/fuse'), mount('0:61', '/g', 'fuse.b', '/dev/fuse')],
+                 [mount('0:60', '/f', 'fuse.a', '/dev/fuse'), mount('0:61', '/g', 'fuse.b', '/dev/fuse')]),
+                ('none', [], [])):
+            with self.subTest(what):
+                self.assertEqual(real, agent.real_mounts(mounts))
+
+    def test_usage_is_in_fragments_and_free_is_for_unprivileged_users(self):
+        self.check_table(agent.build_disk_usage, [
+            ((mount('8:1', '/a', 'xfs', '/dev/x'), space(100, 70, 30)), wire.DiskUsage(
+                device='/dev/x', mountpoint='/a', fstype='xfs', total=51200, used=15360, free=15360, used_percent=50.0)),
+            ((mount('8:1', '/a'), space(100, 0, 0)), wire.DiskUsage(
+                device='/dev/vda', mountpoint='/a', fstype='ext4', total=51200, used=51200, free=0, used_percent=100.0)),
+            ((mount('8:1', '/a'), space(100, 100, 0)), wire.DiskUsage(
+                device='/dev/vda', mountpoint='/a', fstype='ext4', total=51200, used=0, free=0)),
+        ])
+
+    def collect(self, files):
+        return [(disk.mountpoint, disk.HasField('total'))
+                for disk in agent.collect_disk_usages(roots_below(self.tree(files)), None)[0]['disk_usages']]
+
+    def test_mounts_are_those_of_process_1_or_else_the_agents_own(self):
+        line = '1 2 8:{0} / /{0} rw - ext4 /dev/{0} rw\n'
+        one, own = {'proc/1/mountinfo': line.format(1), '1/x': ''}, {'proc/self/mountinfo': line.format(2), '2/x': ''}
+        self.check_table(self.collect, [(({**one, **own},), [('/1', True)]), ((own,), [('/2', True)]), (({},), [])])
+
+    def test_mount_that_is_not_there_is_left_out(self):
+        self.assertEqual([('/', True)], self.collect({'proc/1/mountinfo': MOUNTINFO}))
+
+    def test_usage_is_that_of_df(self):
+        fields, _ = agent.collect_disk_usages(LIVE, None)
+        for disk in fields['disk_usages']:
+            line = self.tool('df', '-B1', '--output=size,used,avail,pcent', disk.mountpoint).splitlines()[1].split()
+            with self.subTest(disk.mountpoint):
+                self.assertEqual(int(line[0]), disk.total)
+                self.assertAlmostEqual(int(line[1]), disk.used, delta=1 << 28)
+                self.assertAlmostEqual(int(line[2]), disk.free, delta=1 << 28)
+                self.assertAlmostEqual(int(line[3].rstrip('%')), math.ceil(disk.used_percent), delta=1)
+        if not fields['disk_usages']:
+            self.skipTest('no file system of its own here')
+
+
+# --- disk I/O
+
+class DiskIoTest(AgentTest):
+    def test_diskstats(self):
+        columns = '   1       2 sda ' + ' '.join(map(str, range(3, 20)))
+        counting = [agent.DiskStats('sda', reads=3, reads_merged=4, read_sectors=5, read_ms=6, writes=7, writes_merged=8,
+                                    written_sectors=9, write_ms=10)]
+        self.check_parse(agent.parse_diskstats, {
+            'real': (DISKSTATS, [agent.DiskStats('vda', 3739, 488, 1629322, 4249, 3588, 3074, 1308976, 14908),
+                                 agent.DiskStats('vda1', 3653, 488, 1626698, 4160, 3587, 3074, 1308976, 14906),
+                                 agent.DiskStats('vdb', 135, 0, 3978, 108, 1, 0, 8, 3)]),
+            'since 5.5': (columns, counting),
+            'since 4.18': (columns.rsplit(' ', 2)[0], counting),
+            'oldest': (columns.rsplit(' ', 6)[0], counting),
+            'extra column': (columns + ' 20', counting),
+            'empty': ('', []),
+        }, {
+            'cut': ('8 0 sda 1 2 3\n', "diskstats: malformed line: '8 0 sda 1 2 3'"),
+            'not a number': ('8 0 sda 1 2 x 4 5 6 7 8\n', "'8 0 sda 1 2 x 4 5 6 7 8'"),
+        })
+
+    def test_sectors_are_512_bytes_and_disks_are_summed(self):
+        first, second = agent.DiskStats('a', *range(1, 9)), agent.DiskStats('b', *range(101, 109))
+        self.assertEqual(wire.DiskIOSummary(total_read_bytes=512 * (3 + 103), total_write_bytes=512 * (7 + 107),
+                                            total_read_ops=1 + 101, total_write_ops=5 + 105),
+                         agent.build_disk_io_summary([first, second]))
+
+    def test_only_whole_disks_count(self):
+        whole = ('vda', 'nvme0n1', 'cciss!c0d0', 'mmcblk0', 'nbd0', 'rbd0')
+        others = ('loop0', 'ram0', 'zram0', 'dm-0', 'md127', 'md_d0', 'md_home', 'drbd1', 'bcache0', 'zd16', 'sr0', 'fd0')
+        partitions = ('vda1', 'nvme0n1p1', 'cciss/c0d0p1', 'mmcblk0p1')
+        names = [name.replace('!', '/') for name in whole + others] + list(partitions)
+        root = self.tree({
+            'proc/diskstats': ''.join(f'8 0 {name} 1 2 3 4 5 6 7 8 9 10 11\n' for name in names),
+            **{f'sys/block/{name}/size': '1\n' for name in whole + others}})
+        fields, _ = agent.collect_disk_io(roots_below(root), None)
+        self.assertEqual(len(whole), fields['disk_io_summary'].total_read_ops)
+
+    def test_without_disks_the_summary_is_unset(self):
+        for files in ({}, {'proc/diskstats': DISKSTATS}, {'sys/block/vda/size': '1\n'}):
+            with self.subTest(files.keys()):
+                fields, _ = agent.collect_disk_io(roots_below(self.tree(files)), None)
+                self.assertEqual({'disk_io_summary': None}, fields)
+
+
+# --- interface addresses
+
+def netlink_address(family, prefix_length, scope, index, *attributes):
+    """An RTM_NEWADDR message."""
+    payload = agent.IFADDRMSG.pack(family, prefix_length, 0x80, scope, index)
+    for kind, data in attributes:
+        payload += agent.RTATTR.pack(4 + len(data), kind) + data + bytes(-len(data) % 4)
+    return agent.NLMSGHDR.pack(agent.NLMSGHDR.size + len(payload), agent.RTM_NEWADDR, 2, 1, 0) + payload
+
+
+class InterfaceAddressesTest(AgentTest):
+    def test_addresses(self):
+        own, peer = socket.inet_aton('192.0.2.1'), socket.inet_aton('192.0.2.2')
+        six = socket.inet_pton(socket.AF_INET6, '2001:db8::1')
+        inet, inet6 = socket.AF_INET, socket.AF_INET6
+        self.check_parse(agent.parse_addresses, {
+            'real': (ADDRESSES, [agent.Address(1, inet, '127.0.0.1', 8, 254), agent.Address(1, inet6, '::1', 128, 254)]),
+            'peer': (netlink_address(inet, 32, 0, 3, (agent.IFA_ADDRESS, peer), (agent.IFA_LOCAL, own)),
+                     [agent.Address(index=3, family=inet, address='192.0.2.1', prefix_length=32, scope=0)]),
+            'label of odd length': (netlink_address(inet6, 64, 253, 4, (3, b'eth\0x'), (agent.IFA_ADDRESS, six)),
+                                    [agent.Address(4, inet6, '2001:db8::1', 64, 253)]),
+            'another family': (netlink_address(7, 32, 0, 3, (agent.IFA_ADDRESS, own)), []),
+            'no address': (netlink_address(inet, 32, 0, 3), []),
+            'wrong size': (netlink_address(inet, 32, 0, 3, (agent.IFA_ADDRESS, six)), []),
+            'refused': (agent.NLMSGHDR.pack(20, agent.NLMSG_ERROR, 0, 1, 0) + b'\xff\xff\xff\xff', []),
+            'empty': (b'', []),
+        }, {
+            'cut': (ADDRESSES[:100], 'malformed length 80 at byte 76 of 100'),
+            'length 0': (bytes(16), 'malformed length 0 at byte 0 of 16'),
+            'short message': (agent.NLMSGHDR.pack(18, agent.RTM_NEWADDR, 0, 1, 0) + b'\x02\x08', 'address message: 0208'),
+        })
+
+    def test_primary_address_is_the_first_global_one_of_the_interface(self):
+        four, six = socket.AF_INET, socket.AF_INET6
+        addresses = [agent.Address(*row) for row in (
+            (1, four, '127.0.0.1', 8, 254), (2, six, 'fe80::1', 64, 253), (2, four, '192.0.2.1', 24, 0),
+            (2, four, '192.0.2.9', 24, 0), (3, four, '198.51.100.1', 24, 0), (2, six, '2001:db8::1', 64, 0))]
+        self.check_table(agent.primary_address, [
+            ((addresses, 2, four), '192.0.2.1'), ((addresses, 2, six), '2001:db8::1'), ((addresses, 3, four), '198.51.100.1'),
+            ((addresses, 3, six), None), ((addresses, 1, four), None), ((addresses, None, four), None), (([], 2, four), None)])
+
+    def test_another_machines_tree_has_no_addresses(self):
+        self.assertEqual(b'', agent.read_addresses(roots_below(self.tree(NODE))))
+
+    def test_addresses_are_those_of_ip(self):
+        listed = json.loads(self.tool('ip', '-j', 'addr'))
+        found = agent.parse_addresses(agent.read_addresses(LIVE))
+        scopes = {'host': 254, 'link': 253, 'site': 200, 'global': 0}
+        self.assertEqual(
+            sorted((link['ifindex'], address['local'], address['prefixlen'], scopes[address['scope']])
+                   for link in listed for address in link['addr_info']),
+            sorted((address.index, address.address, address.prefix_length, address.scope) for address in found))
+
+
+# --- network
+
+class NetworkTest(AgentTest):
+    def test_net_dev(self):
+        sixteen = ' '.join(map(str, range(1, 17)))
+        counting = {'eth0': agent.NetDev(
+            rx_bytes=1, rx_packets=2, rx_errs=3, rx_drop=4, rx_fifo=5, rx_frame=6, rx_compressed=7, rx_multicast=8, tx_bytes=9,
+            tx_packets=10, tx_errs=11, tx_drop=12, tx_fifo=13, tx_colls=14, tx_carrier=15, tx_compressed=16)}
+        self.check_parse(agent.parse_net_dev, {
+            'real': (NET_DEV, {
+                'lo': agent.NetDev(*[0] * 16),
+                'enp0s3': agent.NetDev(50152, 196, 0, 0, 0, 0, 0, 0, 29478, 145, 0, 0, 0, 0, 0, 0),
+                'cni0': agent.NetDev(324400, 5942, 0, 0, 0, 0, 0, 54, 169286850, 6438, 0, 2, 0, 0, 0, 0)}),
+            'oldest: no space after the colon': (f'  eth0:{sixteen}\n', counting),
+            'extra column': (f'eth0: {sixteen} 17\n', counting),
+            'headings alone': (''.join(NET_DEV.splitlines(True)[:2]), {}),
+            'empty': ('', {}),
+        }, {
+            'cut': ('eth0: 1 2 3\n', "net/dev: malformed line: 'eth0: 1 2 3'"),
+            'not a number': (f'eth0: {sixteen}\neth1: x {sixteen}\n', "'eth1: x 1 2"),
+        })
+
+    def test_ipv4_routes(self):
+        def line(*columns):
+            return 'Iface ...\n' + '\t'.join(columns) + '\t0\t0\t0\n'
+        self.check_parse(agent.parse_route, {
+            'real': (ROUTE, [agent.Route('enp0s3', 1024, True), agent.Route('enp0s3', 1024, False),
+                             agent.Route('cni0', 0, False)]),
+            'half of everything': (line('tun0', '00000000', '0', '0003', '0', '0', '5', '00000080'),
+                                   [agent.Route('tun0', 5, False)]),
+            'down': (line('eth0', '00000000', '0', '0002', '0', '0', '5', '00000000'), [agent.Route('eth0', 5, False)]),
+            'reject': (line('*', '00000000', '0', '0201', '0', '0', '5', '00000000'), [agent.Route('*', 5, False)]),
+            'heading alone': ('Iface ...\n', []),
+            'empty': ('', []),
+        }, {
+            'cut': ('Iface ...\neth0\t00000000\n', r"net/route: malformed line: 'eth0\t00000000'"),
+            'not hex': (line('eth0', 'default', '0', '0003', '0', '0', '5', '00000000'), 'default'),
+        })
+
+    def test_ipv6_routes(self):
+        def line(destination, prefix, metric, flags):
+            return f'{destination} {prefix} {ZEROS} 00 {ZEROS} {metric} 00000001 00000000 {flags} eth1\n'
+        self.check_parse(agent.parse_ipv6_route, {
+            'real': (IPV6_ROUTE, [agent.Route('eth0', 0x100, False), agent.Route('eth0', 0x400, True),
+                                  agent.Route('lo', 0xffffffff, False)]),
+            'half of everything': (line(ZEROS, '01', '00000010', '00000003'), [agent.Route('eth1', 16, False)]),
+            'down': (line(ZEROS, '00', '00000010', '00000002'), [agent.Route('eth1', 16, False)]),
+            'reject': (line(ZEROS, '00', '00000010', '00000201'), [agent.Route('eth1', 16, False)]),
+            'empty': ('', []),
+        }, {
+            'cut': (f'{ZEROS} 00\n', f"net/ipv6_route: malformed line: '{ZEROS} 00'"),
+            'not hex': (line(ZEROS, 'xy', '00000010', '00000003'), ' xy '),
+        })
+
+    def test_default_interface_has_the_lowest_metric(self):
+        routes = [agent.Route(*row) for row in (('a', 1, False), ('b', 200, True), ('c', 100, True), ('d', 100, True))]
+        self.check_table(agent.default_interface, [((routes,), 'c'), ((routes[:1],), None), (([],), None)])
+
+    def test_flags_are_those_of_the_contract(self):
+        self.check_table(agent.interface_flags, [
+            ((0x9,), ['up', 'loopback']), ((0x1003,), ['up', 'broadcast', 'multicast']),
+            ((0x10d1,), ['up', 'pointtopoint', 'multicast']),
+            ((0xffff,), ['up', 'broadcast', 'loopback', 'pointtopoint', 'multicast']), ((0,), [])])
+
+    def test_usage_sums_all_interfaces(self):
+        self.assertEqual(wire.NetUsage(
+            total_bytes_sent=9 + 109, total_bytes_received=1 + 101, total_packets_sent=10 + 110, total_packets_received=2 + 102,
+            total_err_in=3 + 103, total_err_out=11 + 111, total_drop_in=4 + 104, total_drop_out=12 + 112,
+            total_fifo_err_in=5 + 105, total_fifo_err_out=13 + 113),
+            agent.build_net_usage([agent.NetDev(*range(1, 17)), agent.NetDev(*range(101, 117))]))
+
+    def test_interface_of_sysfs(self):
+        root, address = self.tree(NODE), agent.Address
+        addresses = [address(2, socket.AF_INET, '192.0.2.1', 24, 0), address(1, socket.AF_INET, '127.0.0.1', 8, 254),
+                     address(2, socket.AF_INET6, '2001:db8::1', 64, 0)]
+        self.check_table(lambda name: agent.collect_interface(roots_below(root), name, addresses), [
+            (('enp0s3',), wire.InterfaceStat(
+                index=2, mtu=1500, name='enp0s3', hardwareAddr='52:54:00:d1:3d:13', flags=['up', 'broadcast', 'multicast'],
+                addrs=['192.0.2.1/24', '2001:db8::1/64'])),
+            (('lo',), wire.InterfaceStat(index=1, mtu=65536, name='lo', flags=['up', 'loopback'], addrs=['127.0.0.1/8'])),
+            (('gone',), wire.InterfaceStat(name='gone')),
+        ])
+
+    def test_network_of_another_procfs_is_that_of_process_1(self):
+        root = self.tree({'proc/1/net/dev': NET_DEV, 'proc/net/dev': 'other0: ' + '1 ' * 16})
+        fields, _ = agent.collect_network(roots_below(root), None)
+        self.assertEqual(['lo', 'enp0s3', 'cni0'], [interface.name for interface in fields['network_interfaces']])
+
+    def test_interfaces_are_those_of_ip(self):
+        listed = json.loads(self.tool('ip', '-j', 'addr'))
+        fields, _ = agent.collect_network(LIVE, None)
+        names = ('up', 'broadcast', 'loopback', 'pointtopoint', 'multicast')
+        self.assertEqual(
+            {link['ifname']: (link['ifindex'], link['mtu'], [name for name in names if name.upper() in link['flags']],
+                              sorted(f'{address["local"]}/{address["prefixlen"]}' for address in link['addr_info']))
+             for link in listed},
+            {link.name: (link.index, link.mtu, list(link.flags), sorted(link.addrs)) for link in fields['network_interfaces']})
+        for link in listed:
+            if link['link_type'] == 'ether':
+                self.assertIn(link['address'], [interface.hardwareAddr for interface in fields['network_interfaces']])
+
+    def test_primary_address_is_on_the_default_route_of_ip(self):
+        routes = json.loads(self.tool('ip', '-j', '-4', 'route', 'show', 'default'))
+        fields, _ = agent.collect_network(LIVE, None)
+        address = fields['primary_ipv4'] and fields['primary_ipv4'].value
+        first = min(routes, key=lambda route: route.get('metric', 0), default={})
+        links = json.loads(self.tool('ip', '-j', '-4', 'addr'))
+        usable = [entry['local'] for link in links if link['ifname'] == first.get('dev')
+                  for entry in link['addr_info'] if entry['scope'] == 'global']
+        self.assertIn(address, usable or [None])
+
+
+# --- operating system
+
+class OperatingSystemTest(AgentTest):
+    def test_os_release(self):
+        self.check_parse(agent.parse_os_release, {
+            'Debian 13': (OS_RELEASE, {
+                'PRETTY_NAME': 'Debian GNU/Linux 13 (trixie)', 'NAME': 'Debian GNU/Linux', 'VERSION_ID': '13',
+                'VERSION': '13 (trixie)', 'VERSION_CODENAME': 'trixie', 'DEBIAN_VERSION_FULL': '13.7', 'ID': 'debian'}),
+            'quotes': ('''A='single'\nB="dou\\"ble \\$x"\nC=plain\nD=""\nE=\n''',
+                       {'A': 'single', 'B': 'dou"ble $x', 'C': 'plain', 'D': '', 'E': ''}),
+            'comments, blanks, an equals sign': ('# A=1\n\n  B=2  \nC=x=y\nno assignment\n', {'B': '2', 'C': 'x=y'}),
+            'empty': ('', {}),
+        }, {})
+
+    def test_family_is_of_the_id_or_of_what_it_is_like(self):
+        self.check_table(agent.platform_family, [
+            (({'ID': 'debian'},), 'debian'), (({'ID': 'ubuntu', 'ID_LIKE': 'debian'},), 'debian'),
+            (({'ID': 'rocky', 'ID_LIKE': 'rhel centos fedora'},), 'rhel'), (({'ID': 'amzn', 'ID_LIKE': 'fedora'},), 'rhel'),
+            (({'ID': 'pop', 'ID_LIKE': 'ubuntu debian'},), 'debian'), (({'ID': 'sles', 'ID_LIKE': 'suse'},), 'suse'),
+            (({'ID': 'alpine'},), 'alpine'), (({'ID': 'nixos'},), 'nixos'), (({'ID_LIKE': 'arch'},), 'arch'), (({},), None)])
+
+    def test_version_of_debian_is_its_point_release(self):
+        self.check_table(agent.platform_version, [
+            (({'ID': 'debian', 'VERSION_ID': '12'}, '12.11'), '12.11'),
+            (({'ID': 'debian', 'VERSION_ID': '12'}, None), '12'),
+            (({'ID': 'debian'}, 'trixie/sid'), None), (({'ID': 'ubuntu', 'VERSION_ID': '22.04'}, 'bookworm/sid'), '22.04'),
+            (({'ID': 'ubuntu', 'VERSION_ID': '22.04'}, '12.11'), '22.04'), (({}, None), None)])
+
+    def test_uptime(self):
+        self.check_parse(agent.parse_uptime, {
+            'real': (UPTIME, 261), 'one column': ('7.99\n', 7), 'extra column': ('1.5 2.5 3.5\n', 1),
+        }, {
+            'not a number': ('long 2.0\n', "uptime: malformed line: 'long 2.0'"), 'infinite': ('inf 1\n', "'inf 1'"),
+            'empty': ('', 'uptime'),
+        })
+
+    def test_host_id_is_of_the_machine_or_the_installation_or_the_boot(self):
+        machine, boot = 'etc/machine-id', 'proc/sys/kernel/random/boot_id'
+        files = {'sys/class/dmi/id/product_uuid': '5F0C1B1E-3F5A\n', machine: 'd249c048\n', boot: '06f83538\n'}
+        self.check_table(lambda *names: agent.collect_host_id(roots_below(self.tree({name: files[name] for name in names}))), [
+            (tuple(files), '5f0c1b1e-3f5a'), ((machine, boot), 'd249c048'), ((boot,), '06f83538'), ((), None)])
+
+    def test_machine_id_of_the_first_boot_is_none(self):
+        root = self.tree({'etc/machine-id': 'uninitialized\n', 'proc/sys/kernel/random/boot_id': '06f83538\n'})
+        self.assertEqual('06f83538', agent.collect_host_id(roots_below(root)))
+
+    def test_os_release_below_usr_counts_where_etc_has_none(self):
+        fields, _ = agent.collect_system(roots_below(self.tree({'usr/lib/os-release': 'ID=arch\n'})), None)
+        self.assertEqual(('arch', 'arch', None), tuple(fields[f'platform{name}'] for name in ('', '_family', '_version')))
+
+    def test_system_is_that_of_uname_and_hostname(self):
+        fields, _ = agent.collect_system(LIVE, None)
+        self.assertEqual([self.tool('uname', flag).strip() for flag in ('-n', '-r', '-m')],
+                         [fields[name] for name in ('hostname', 'kernel_version', 'kernel_arch')])
+        self.assertEqual(self.tool('hostname').strip(), fields['hostname'])
+
+    def test_boot_was_uptime_ago(self):
+        node = agent.collect_node(LIVE, {}, 0).message
+        self.assertAlmostEqual(time.time(), node.boot_time + node.uptime, delta=5)
+
+
+# --- node
+
+class NodeTest(AgentTest):
+    def test_empty_root_gives_a_valid_snapshot_with_everything_unset(self):
+        part = agent.collect_node(roots_below(self.directory()), {}, 10)
+        self.assertEqual({}, part.failures)
+        self.assertLessEqual({field.name for field, _ in part.message.ListFields()}, {'os', 'kernel_arch'})
+        metrics = wire.Metrics.FromString(wire.Metrics(node_metrics=part.message).SerializeToString())
+        self.assertEqual(part.message, metrics.node_metrics)
+        for render in agent.RENDERERS.values():
+            self.assertTrue(render(metrics))
+
+    def test_malformed_subject_is_left_out_and_the_rest_goes_out(self):
+        root = self.tree(NODE)
+        whole = {field.name for field, _ in agent.collect_node(roots_below(root), {}, 10).message.ListFields()}
+        for path, text, subject, missing in (
+                ('proc/stat', 'cpu x', 'cpu', {'boot_time', 'cpu_infos'}),
+                ('proc/cpuinfo', 'processor', 'cpu', {'boot_time', 'cpu_infos'}),
+                ('proc/meminfo', 'MemTotal', 'memory', {'total_memory', 'available_memory', 'used_memory', 'memory_used_perc'}),
+                ('proc/meminfo', f'MemTotal: {2 ** 64}', 'memory',
+                 {'total_memory', 'available_memory', 'used_memory', 'memory_used_perc'}),
+                ('proc/pressure/io', 'some', 'pressure', {'psi_cpu_metrics', 'psi_memory_metrics', 'psi_io_metrics'}),
+                ('proc/1/statm', 'x y', 'processes', {'procs', 'processes_mem_info'}),
+                ('proc/1/mountinfo', 'x', 'file systems', {'disk_usages'}),
+                ('proc/diskstats', 'x', 'disk I/O', {'disk_io_summary'}),
+                ('proc/1/net/dev', 'lo: 1', 'network', {'net_usage', 'network_interfaces'}),
+                ('sys/class/net/lo/mtu', 'wide', 'network', {'net_usage', 'network_interfaces'}),
+                ('proc/uptime', 'x', 'system', {'hostname', 'uptime', 'os', 'platform', 'platform_family', 'platform_version',
+                                                'kernel_version', 'kernel_arch', 'host_id'})):
+            with self.subTest(path=path, text=text):
+                write_tree(root, {path: text})
+                part = agent.collect_node(roots_below(root), {}, 10)
+                write_tree(root, {path: NODE[path]})
+                self.assertEqual([subject], list(part.failures))
+                self.assertEqual(missing, whole - {field.name for field, _ in part.message.ListFields()})
+
+    def test_other_read_errors_are_a_failure_of_their_subject(self):
+        root = self.tree(NODE)
+        os.remove(f'{root}/proc/meminfo')
+        os.symlink('/proc/self/mem', f'{root}/proc/meminfo')
+        self.assertEqual(['memory'], list(agent.collect_node(roots_below(root), {}, 10).failures))
+
+    def test_subjects_get_back_what_they_gave(self):
+        root = self.tree({'proc/stat': 'cpu 0 0 0 0\ncpu0 0 0 0 0\n'})
+        first = agent.collect_node(roots_below(root), {}, 10)
+        write_tree(root, {'proc/stat': 'cpu 1 0 0 3\ncpu0 1 0 0 3\n'})
+        second = agent.collect_node(roots_below(root), first.after, 10)
+        self.assertFalse(first.message.HasField('total_cpu_percentage'))
+        self.assertEqual(25.0, second.message.total_cpu_percentage)
+
+
+# --- output
+
+class OutputTest(AgentTest):
+    def test_sizes_and_times_for_people(self):
+        self.check_table(agent.human_bytes, [
+            ((0,), '0 B'), ((1023,), '1023 B'), ((1024,), '1.0 KiB'), ((1536 * 1024,), '1.5 MiB'), ((2 ** 30,), '1.0 GiB'),
+            ((2 ** 40,), '1.0 TiB'), ((5000 * 2 ** 40,), '5000.0 TiB')])
+        self.check_table(agent.human_seconds, [
+            ((59,), '0 min'), ((3599,), '59 min'), ((3600,), '1 h 0 min'), ((172799,), '47 h 59 min'), ((172800,), '2 d 0 h'),
+            ((180000,), '2 d 2 h')])
+
+    def test_columns_are_as_wide_as_their_widest_cell_and_numbers_to_the_right(self):
+        self.assertEqual(['', 'NAME  SIZE  KIND', 'a        1  x', 'bcd   1000  -', 'ef          yz'],
+                         agent.render_columns(('NAME', 'SIZE', 'KIND'),
+                                              [('a', '1', 'x'), ('bcd', '1000', '-'), ('ef', '', 'yz')]))
+        self.assertEqual([], agent.render_columns(('NAME',), []))
+
+    def test_control_codes_do_not_reach_the_table(self):
+        evil = 'a\x1b[31m\x9bm\x07\r\n\u202eb'
+        node = wire.NodeMetrics(
+            hostname=evil, platform=evil, cpu_infos=[wire.CpuInfo(model=evil)],
+            processes_mem_info=[wire.ProcessMemInfo(pid=1, name=evil, memory=1)],
+            disk_usages=[wire.DiskUsage(device=evil, mountpoint=evil, fstype=evil)])
+        pod = wire.PodMetrics(name=evil, namespace=evil, container_metrics=[wire.ContainerMetrics(name=evil, state=evil)])
+        table = agent.render_table(wire.Metrics(node_metrics=node, pod_metrics=[pod]))
+        self.assertEqual(set(), {char for char in table if not char.isprintable()} - {'\n'})
+        self.assertEqual(11, table.count('a?[31m?m????b'))
+
+    def test_table_shows_the_node(self):
+        table = agent.render_table(wire.Metrics(node_metrics=agent.collect_node(roots_below(self.tree(NODE)), {}, 10).message))
+        for line in (
+                'node-d13  debian 13.7  Linux 6.12.107+deb13-cloud-amd64 x86_64  up 4 min',
+                'cpu      1 CPU (QEMU TCG CPU version 2.5+), 3 processes',
+                'memory   11.5 % used: 452.9 MiB of 3.8 GiB, 3.4 GiB available',
+                'network  365.8 KiB received, 161.5 MiB sent since boot',
+                'disks    797.5 MiB read, 639.2 MiB written since boot',
+                'cpu some     70.95 %  69.15 %  38.90 %',
+                'memory full   5.50 %   6.50 %   7.50 %',
+                'new?line) R 1  2592  2.0 MiB'):
+            with self.subTest(line):
+                self.assertIn(f'\n{line}\n', f'\n{table}')
+        self.assertNotIn('io full', table)
+
+    def test_unknown_values_are_not_shown_as_zero(self):
+        table = agent.render_table(wire.Metrics(node_metrics=wire.NodeMetrics(total_memory=2 ** 30)))
+        self.assertNotIn(' 0', table)
+
+    def test_json_is_one_line_of_ascii_and_leaves_out_what_is_absent(self):
+        name = 'new\nline \x9b \u2028 \u20ac'
+        metrics = wire.Metrics(timestamp=1, node_metrics=wire.NodeMetrics(hostname=name, uptime=0))
+        line = agent.render_json(metrics)
+        self.assertTrue(line.isascii() and line.isprintable(), line)
+        node = json.loads(line)['node_metrics']
+        self.assertEqual((name, '0'), (node['hostname'], node['uptime']))
+        self.assertFalse({'boot_time', 'primary_ipv4', 'psi_io_metrics', 'net_usage'} & node.keys())
+
+    def test_terminal_of_another_encoding_gets_question_marks(self):
+        root = self.tree({'proc/7/statm': '1 2 3\n', 'proc/7/comm': 'na\u20acme\n'})
+        for output in agent.RENDERERS:
+            with self.subTest(output):
+                run = run_on_tree(root, '--output', output, PYTHONIOENCODING='ascii')
+                self.assertEqual((0, []), (run.returncode, run.stderr.splitlines()[2 - (os.geteuid() == 0):]))
+
+
+# --- log
+
+class LogTest(AgentTest):
+    def write_log(self, path, *arguments, lines=40):
+        """That many lines of 100 bytes, to a log that is rotated at 1,000."""
+        options = agent.parse_options(['--log-max-size', '0.001', *arguments], {})
+        handler = agent.log_file_handler(options, path)
+        logger = logging.Logger('rotation')
+        logger.addHandler(handler)
+        with contextlib.closing(handler):
+            for number in range(lines):
+                logger.info('%-99d', number)
+
+    def numbers(self, path):
+        with (gzip.open if path.endswith('.gz') else open)(path, 'rt') as file:
+            return [int(line) for line in file]
+
+    def test_rotated_files(self):
+        for arguments, names in (
+                (['--log-max-backups', '2'], ['a.log', 'a.log.1.gz', 'a.log.2.gz']),
+                (['--log-max-backups', '2', '--log-compress=false'], ['a.log', 'a.log.1', 'a.log.2']),
+                (['--log-max-backups', '1'], ['a.log', 'a.log.1.gz']),
+                (['--log-max-backups', '0'], ['a.log'] + [f'a.log.{number}.gz' for number in range(1, 5)])):
+            with self.subTest(arguments):
+                root = self.directory()
+                self.write_log(f'{root}/new/a.log', *arguments)
+                self.assertEqual(names, sorted(os.listdir(f'{root}/new')))
+                newest_first = [self.numbers(f'{root}/new/{name}') for name in names]
+                self.assertEqual(list(range(40))[-sum(map(len, newest_first)):],
+                                 [number for part in reversed(newest_first) for number in part])
+                self.assertLessEqual(max(map(len, newest_first)), 10)
+
+    def test_rotation_removes_what_is_too_old_and_nothing_else(self):
+        for age, kept in (('30', {'a.log', 'a.log.1.gz', 'a.log.8', 'a.log.conf', 'b.log.9'}),
+                          ('0', {'a.log', 'a.log.1.gz', 'a.log.8', 'a.log.7.gz', 'a.log.9', 'a.log.conf', 'b.log.9'})):
+            with self.subTest(age=age):
+                root = self.tree(dict.fromkeys(('a.log.7.gz', 'a.log.8', 'a.log.9', 'a.log.conf', 'b.log.9'), 'x'))
+                for name, days in (('a.log.7.gz', 31), ('a.log.8', 29), ('a.log.9', 31), ('a.log.conf', 31), ('b.log.9', 31)):
+                    os.utime(f'{root}/{name}', (time.time() - days * 86400,) * 2)
+                self.write_log(f'{root}/a.log', '--log-max-age', age, lines=11)
+                self.assertEqual(kept, set(os.listdir(root)))
+
+    def test_log_is_appended_to(self):
+        path = f'{self.directory()}/a.log'
+        for _ in range(2):
+            self.write_log(path, lines=3)
+        self.assertEqual([0, 1, 2] * 2, self.numbers(path))
+
+    def test_file_that_cannot_be_written_is_one_warning(self):
+        root = self.tree(NODE)
+        run = run_on_tree(root, '--log-file', f'{root}/etc', '--output', 'json')
+        warnings = [line for line in run.stderr.splitlines() if 'log file' in line]
+        self.assertEqual((0, 1), (run.returncode, len(warnings)), run.stderr)
+        self.assertRegex(
+            warnings[0],
+            r'^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ WARNING log file .*/etc cannot be written \(Is a directory\)')
+
+    def test_malformed_file_is_a_warning_in_the_log_and_the_snapshot_goes_out(self):
+        root = self.tree({**NODE, 'proc/meminfo': 'MemTotal'})
+        run = run_on_tree(root, '--log-file', f'{root}/a.log', '--output', 'json')
+        with open(f'{root}/a.log') as file:
+            self.assertEqual(run.stderr, file.read())
+        self.assertIn("WARNING memory: meminfo: malformed line: 'MemTotal'\n", run.stderr)
+        self.assertEqual('node-d13', json.loads(run.stdout)['node_metrics']['hostname'])
+        self.assertEqual(0, stat.S_IMODE(os.stat(f'{root}/a.log').st_mode) & 0o027)
+
+
+# --- command line
+
+class CommandLineTest(AgentTest):
+    def failure(self, arguments, environment=None):
+        """The one line that a wrong command line gives."""
+        stderr = io.StringIO()
+        with contextlib.redirect_stderr(stderr), self.assertRaises(SystemExit) as exit:
+            agent.parse_options(arguments, environment or {})
+        self.assertEqual(2, exit.exception.code)
+        self.assertRegex(stderr.getvalue(), r'\Akubensage-agent: [^\n]+\n\Z')
+        return stderr.getvalue()
+
+    def test_defaults(self):
+        self.assertEqual(
+            {'relay_address': None, 'main_loop_duration': 5, 'buffer_retention': 10, 'buffer_max_size': 64, 'spool_dir': None,
+             'spool_max_size': 512, 'relay_tls': False, 'relay_ca': None, 'relay_cert': None, 'relay_key': None,
+             'relay_server_name': None, 'relay_token_file': None, 'top_n': 10, 'once': False, 'output': None,
+             'cri_socket': None, 'procfs': '/proc', 'sysfs': '/sys', 'rootfs': '/', 'log_level': 'info', 'log_file': None,
+             'log_max_size': 10, 'log_max_backups': 5, 'log_max_age': 30, 'log_compress': True},
+            vars(agent.parse_options([], {})))
+
+    def test_values(self):
+        for argument, name, value in (
+                ('--relay-address=relay.example:50051', 'relay_address', 'relay.example:50051'),
+                ('--relay-address=[2001:db8::1]:1', 'relay_address', '[2001:db8::1]:1'),
+                ('--relay-address=192.0.2.1:65535', 'relay_address', '192.0.2.1:65535'),
+                ('--main-loop-duration=0.1', 'main_loop_duration', 0.1), ('--buffer-retention=0.5', 'buffer_retention', 0.5),
+                ('--top-n=0', 'top_n', 0), ('--once', 'once', True), ('--once=false', 'once', False), ('--once=1', 'once', True),
+                ('--output=table', 'output', 'table'), ('--output=json', 'output', 'json'),
+                ('--log-level=debug', 'log_level', 'debug'),
+                ('--log-max-size=0.5', 'log_max_size', 0.5), ('--log-max-backups=0', 'log_max_backups', 0),
+                ('--log-max-age=0', 'log_max_age', 0), ('--log-compress=false', 'log_compress', False),
+                ('--log-compress=F', 'log_compress', False), ('--log-compress=0', 'log_compress', False),
+                ('--log-compress=TRUE', 'log_compress', True), ('--log-compress', 'log_compress', True)):
+            with self.subTest(argument):
+                self.assertEqual(value, getattr(agent.parse_options([argument], {}), name))
+                flag, equals, text = argument.partition('=')
+                if equals:
+                    self.assertEqual(value, getattr(agent.parse_options([flag, text], {}), name))
+                    variable = 'KUBENSAGE_' + flag[2:].upper().replace('-', '_')
+                    self.assertEqual(value, getattr(agent.parse_options([], {variable: text}), name))
+
+    def test_wrong_value_is_one_line_that_names_flag_and_value(self):
+        wrong = {
+            '--relay-address': ('relay', 'relay:', ':50051', 'relay:0', 'relay:65536', 'http://relay:1', '2001:db8::1:1', 'a b:1',
+                                ''),
+            '--main-loop-duration': ('0.09', '-1', 'nan', 'inf', '5s', '', '1e9'),
+            '--buffer-retention': ('0', '-1', 'x'),
+            '--top-n': ('-1', '1.5', 'x', 'NaN', ''),
+            '--once': ('yes', '2', ''),
+            '--output': ('xml', 'JSON', 'a\nb'),
+            '--log-level': ('trace', 'INFO'),
+            '--log-max-size': ('0', '-1', 'x'),
+            '--log-max-backups': ('-1', '0.5'),
+            '--log-max-age': ('-1', 'x'),
+            '--log-compress': ('no', 'off'),
+        }
+        for flag, values in wrong.items():
+            for value in values:
+                with self.subTest(flag=flag, value=value):
+                    self.assertIn(f'kubensage-agent: {flag}: {value!r} is n', self.failure([f'{flag}={value}']))
+                    variable = 'KUBENSAGE_' + flag[2:].upper().replace('-', '_')
+                    if value:
+                        self.assertIn(f'kubensage-agent: {variable}: {value!r} is n', self.failure([], {variable: value}))
+
+    def test_unknown_argument_gets_a_hint(self):
+        self.check_table(self.failure, [
+            ((['--top'],), 'kubensage-agent: unknown argument --top; did you mean --top-n?\n'),
+            ((['--relay-adress=a:1'],), 'kubensage-agent: unknown argument --relay-adress=a:1; did you mean --relay-address?\n'),
+            ((['--zzz', '--top-n', '1'],), 'kubensage-agent: unknown argument --zzz; --help lists them all\n'),
+            ((['word'],), 'kubensage-agent: unknown argument word; --help lists them all\n'),
+            ((['--top-n'],), 'kubensage-agent: --top-n: expected one argument\n')])
+
+    def test_environment_counts_and_the_command_line_wins(self):
+        environment = {'KUBENSAGE_TOP_N': '3', 'KUBENSAGE_ONCE': 'true', 'KUBENSAGE_LOG_LEVEL': '', 'TOP_N': '9'}
+        options = agent.parse_options([], environment)
+        self.assertEqual((3, True, 'info', 5), (options.top_n, options.once, options.log_level, options.main_loop_duration))
+        options = agent.parse_options(['--top-n', '4', '--once=false'], environment)
+        self.assertEqual((4, False), (options.top_n, options.once))
+
+    def test_program_exits_2_with_one_line(self):
+        for arguments, environment in ((['--top-n=x'], {}), ([], {'KUBENSAGE_TOP_N': 'x'})):
+            run = run_agent(*arguments, **environment)
+            self.assertEqual((2, '', 1), (run.returncode, run.stdout, run.stderr.count('\n')), run.stderr)
+
+    def test_version_and_help(self):
+        version = run_agent('--version')
+        self.assertEqual((0, f'kubensage-agent {agent.__version__}\n', ''), (version.returncode, version.stdout, version.stderr))
+        stdout = io.StringIO()
+        with contextlib.redirect_stdout(stdout), self.assertRaises(SystemExit) as exit:
+            agent.parse_options(['--help'], {})
+        self.assertIn(exit.exception.code, (0, None))
+        for flag in agent.FLAGS:
+            self.assertIn(f'  {flag} ', stdout.getvalue())
+
+    # Imports what agent.py imports, then agent.py under an audit hook that reports what it touches.
+    IMPORT = '''if True:
+        import ast, grpc, sys, threading
+        from google.protobuf import empty_pb2, json_format, wrappers_pb2
+        path, watched = sys.argv[1], ('open', 'socket', 'subprocess', 'signal', 'os.mkdir', 'os.remove', 'os.rename', 'os.system')
+        with open(path) as file:
+            imports = [node for node in ast.parse(file.read()).body if isinstance(node, (ast.Import, ast.ImportFrom))]
+        exec(compile(ast.Module(imports, []), path, 'exec'))
+        threads, touched = threading.active_count(), []
+        def on_event(event, arguments):
+            if event.startswith(watched) and not str(arguments[0]).startswith(path.rpartition('/')[0]):
+                touched.append((event, str(arguments[:1])))
+        sys.addaudithook(on_event)
+        import agent
+        print(touched, threading.active_count() - threads)
+    '''
+
+    def test_import_touches_nothing(self):
+        path = os.path.abspath(agent.__file__)
+        run = subprocess.run([sys.executable, '-B', '-c', self.IMPORT, path], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                             encoding='utf-8',
+                             env={**os.environ, 'PYTHONPATH': os.pathsep.join([os.path.dirname(path), *sys.path])})
+        self.assertEqual('[] 0\n', run.stdout)
+
+
+# --- golden run
+
+# The node above as --once --output json gives it, a field or an item a line, without the time and without the sizes of
+# this machine's file system. Made anew by: python3 -c 'import test_agent; test_agent.print_golden()'
+GOLDEN = r'''
+available_memory: "3637047296"
+boot_time: "1795425261"
+cpu_infos: {"core_id": "0", "cores": 1, "cpu": 0, "mhz": 2596, "model": "QEMU TCG CPU version 2.5+", "physical_id": "0",
+  "vendor_id": "AuthenticAMD"}
+disk_io_summary: {"total_read_bytes": "836249600", "total_read_ops": "3874", "total_write_bytes": "670199808",
+  "total_write_ops": "3589"}
+disk_usages: {"device": "/dev/vda1", "fstype": "ext4", "mountpoint": "/"}
+disk_usages: {"device": "/dev/vdb", "fstype": "ext4", "mountpoint": "/data"}
+host_id: "d249c0486159f80557ce12d99828162b"
+hostname: "node-d13"
+kernel_arch: "x86_64"
+kernel_version: "6.12.107+deb13-cloud-amd64"
+memory_used_perc: 11.548357726946268
+net_usage: {"total_bytes_received": "374552", "total_bytes_sent": "169316328", "total_drop_in": "0", "total_drop_out":
+  "2", "total_err_in": "0", "total_err_out": "0", "total_fifo_err_in": "0", "total_fifo_err_out": "0",
+  "total_packets_received": "6138", "total_packets_sent": "6583"}
+network_interfaces: {"addrs": [], "flags": ["up", "loopback"], "index": 1, "mtu": 65536, "name": "lo"}
+network_interfaces: {"addrs": [], "flags": ["up", "broadcast", "multicast"], "hardwareAddr": "52:54:00:d1:3d:13",
+  "index": 2, "mtu": 1500, "name": "enp0s3"}
+network_interfaces: {"addrs": [], "flags": [], "name": "cni0"}
+os: "linux"
+platform: "debian"
+platform_family: "debian"
+platform_version: "13.7"
+pod_metrics: []
+processes_mem_info: {"memory": "2097152", "name": "new\nline) R 1", "pid": 2592}
+processes_mem_info: {"memory": "1048576", "name": "systemd", "pid": 1}
+procs: "3"
+psi_cpu_metrics: {"full": {"avg10": 0.0, "avg300": 0.0, "avg60": 0.0, "total": "0"}, "some": {"avg10": 70.95, "avg300":
+  38.9, "avg60": 69.15, "total": "169091998"}}
+psi_io_metrics: {"some": {"avg10": 0.01, "avg300": 0.03, "avg60": 0.02, "total": "9"}}
+psi_memory_metrics: {"full": {"avg10": 5.5, "avg300": 7.5, "avg60": 6.5, "total": "8"}, "some": {"avg10": 1.5, "avg300":
+  3.5, "avg60": 2.5, "total": "4"}}
+total_memory: "4111904768"
+uptime: "261"
+used_memory: "474857472"
+'''
+
+
+def golden_text(root):
+    document = json.loads(run_on_tree(root, '--output', 'json').stdout)
+    lines = [f'{name}: {json.dumps(item, sort_keys=True)}'
+             for name, value in sorted({**document.pop('node_metrics'), **document}.items())
+             if name not in ('timestamp', 'agent_metrics')
+             for item in (value if value and isinstance(value, list) else [value])]
+    lines = [re.sub(r', "(total|used|free|used_percent)": [^,}]+', '', line) if line.startswith('disk_usages') else line
+             for line in lines]
+    return '\n' + ''.join(textwrap.fill(line, 120, subsequent_indent='  ', break_long_words=False) + '\n' for line in lines)
+
+
+def print_golden():
+    with tempfile.TemporaryDirectory() as root:
+        write_tree(root, NODE)
+        print(golden_text(root), end='')
+
+
+class GoldenTest(AgentTest):
+    def test_node_gives_the_golden_text(self):
+        self.assertEqual(GOLDEN, golden_text(self.tree(NODE)))
+
+
+# --- malformed input
+
+# parse_ function → texts of real systems.
+FUZZED = {
+    agent.parse_stat: STAT, agent.parse_cpuinfo: CPUINFO_X86.partition('\n\n')[0] + '\n\n' + CPUINFO_ARM,
+    agent.parse_meminfo: MEMINFO, agent.parse_pressure: PRESSURE_CPU, agent.parse_statm: STATM,
+    agent.parse_mountinfo: MOUNTINFO, agent.parse_diskstats: DISKSTATS, agent.parse_addresses: ADDRESSES,
+    agent.parse_net_dev: NET_DEV, agent.parse_route: ROUTE, agent.parse_ipv6_route: IPV6_ROUTE,
+    agent.parse_os_release: OS_RELEASE, agent.parse_uptime: UPTIME,
+}
+ODD_NUMBERS = (b'', b'-1', b'-0', b'0x1f', b'1.5', b'1e999', b'NaN', b'inf', b'18446744073709551616', b'9' * 400, b'9' * 5000,
+               '\u0663'.encode(), b'\0', b'\x85')
+NUMBER = re.compile(rb'\d+')
+
+
+def mutated(data, chance):
+    """The data with one or a few accidents."""
+    for _ in range(chance.choice((1, 1, 3))):
+        at, accident = chance.randrange(len(data) + 1), chance.randrange(6)
+        if accident == 0:
+            data = data[:at] + bytes([chance.randrange(256)]) + data[at + 1:]
+        elif accident == 1:
+            data = data[:at]
+        elif accident == 2:
+            data = data[:at] + data[at + chance.randrange(20):]
+        elif accident == 3:
+            end = data.find(b'\n', at) + 1
+            data = data[:end] + data[at:end] + data[end:]
+        elif accident == 4:
+            data = data[at:] + data[:at]
+        else:
+            number = NUMBER.search(data, at)
+            if number:
+                data = data[:number.start()] + chance.choice(ODD_NUMBERS) + data[number.end():]
+    return data
+
+
+class MalformedInputTest(AgentTest):
+    SEED, ROUNDS = 1, 10_000
+
+    def test_parsers_give_a_value_or_value_error(self):
+        for parse, sample in FUZZED.items():
+            chance, is_text = random.Random(self.SEED), isinstance(sample, str)
+            original = sample.encode() if is_text else sample
+            refused = 0
+            with self.subTest(parse.__name__):
+                for _ in range(self.ROUNDS):
+                    data = mutated(original, chance)
+                    data = data.decode(errors='replace') if is_text else data
+                    try:
+                        parse(data)
+                    except ValueError:
+                        refused += 1
+                    except Exception as error:
+                        self.fail(f'{error!r} for {data!r}')
+                # Only os-release has no malformed form; elsewhere none refused would mean that the accidents are too tame.
+                self.assertEqual(parse is agent.parse_os_release, refused == 0)
+
+    def test_node_with_accidents_is_a_message_and_failures(self):
+        root, chance = self.tree(NODE), random.Random(self.SEED)
+        paths = [path for path in NODE if path.startswith(('proc/', 'sys/', 'etc/os'))]
+        before = agent.collect_node(roots_below(root), {}, 10)
+        for _ in range(400):
+            path = chance.choice(paths)
+            content = mutated(NODE[path].encode(), chance)
+            write_tree(root, {path: content})
+            with self.subTest(path=path, content=content):
+                part = agent.collect_node(roots_below(root), before.after, 10)
+                for render in agent.RENDERERS.values():
+                    render(wire.Metrics.FromString(wire.Metrics(node_metrics=part.message).SerializeToString()))
+            write_tree(root, {path: NODE[path]})
+
+
+# Longer than anything takes; nothing waits that long unless it fails.
+PATIENCE_SECONDS = 10
+V1, V1ALPHA2 = 'runtime.v1.RuntimeService', 'runtime.v1alpha2.RuntimeService'
+
+
+def setUpModule() -> None:
+    logging.getLogger('kubensage-agent').addHandler(logging.NullHandler())
+    logging.getLogger('grpc').setLevel(logging.CRITICAL)
+
+
+# --- the fakes
+
+class FakeServer:
+    """A gRPC server whose methods are looked up by `find`; it and its threads end with the test."""
+
+    def __init__(self, test: unittest.TestCase, address: str, options: Iterable[Tuple[str, Any]] = ()):
+        self.pool = concurrent.futures.ThreadPoolExecutor(16)
+        self.server = grpc.server(self.pool, options=[('grpc.max_send_message_length', -1), *options])
+        self.server.add_generic_rpc_handlers((self,))
+        self.changed, self.released = threading.Condition(), False
+        self.port = self.server.add_insecure_port(address)
+        self.server.start()
+        test.addCleanup(self.close)
+
+    def service(self, details: grpc.HandlerCallDetails) -> Optional[grpc.RpcMethodHandler]:
+        service, method = details.method[1:].split('/')
+        return self.find(service, method)
+
+    def find(self, service: str, method: str) -> Optional[grpc.RpcMethodHandler]:
+        raise NotImplementedError
+
+    def wait(self, context: grpc.ServicerContext) -> None:
+        """Until `release`, or until the caller has given up."""
+        context.add_callback(self.wake)
+        with self.changed:
+            self.changed.wait_for(lambda: self.released or not context.is_active(), 3 * PATIENCE_SECONDS)
+
+    def wake(self) -> None:
+        with self.changed:
+            self.changed.notify_all()
+
+    def release(self) -> None:
+        self.released = True
+        self.wake()
+
+    def close(self) -> None:
+        self.release()
+        self.server.stop(0).wait()
+        self.pool.shutdown()
+
+
+class FakeRuntime(FakeServer):
+    """A container runtime on a unix socket. For each method `answers` has a message, bytes to send as they are, or a
+    status code to fail with; of a list, one after the other, and the last for good. Methods in `hanging` give no answer
+    before `release`."""
+
+    def __init__(self, test: unittest.TestCase, path: str, services: Tuple[str, ...] = (V1,), **answers: Any):
+        self.services = services
+        self.answers = {
+            'Version': cri.VersionResponse(runtime_name='fake', runtime_version='1.0'),
+            'ListPodSandbox': cri.ListPodSandboxResponse(items=[sandbox('pod')]),
+            'ListContainers': cri.ListContainersResponse(containers=[container('app', 'pod')]),
+            'ListContainerStats': cri.ListContainerStatsResponse(stats=[stats('app', 10**9, 500)]),
+            **answers}
+        self.hanging: Set[str] = set()
+        self.asked: List[str] = []
+        self.asked_queue: queue.Queue[str] = queue.Queue()
+        self.stats_under_way: Set[object] = set()
+        self.most_stats_under_way = 0
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        super().__init__(test, f'unix:{path}')
+
+    def find(self, service: str, method: str) -> Optional[grpc.RpcMethodHandler]:
+        if service not in self.services:
+            return None
+        return grpc.unary_unary_rpc_method_handler(lambda request, context: self.answer(method, context))
+
+    def answer(self, method: str, context: grpc.ServicerContext) -> bytes:
+        token = object()
+        if method == 'ListContainerStats':
+            self.stats_under_way.add(token)
+            self.most_stats_under_way = max(self.most_stats_under_way, len(self.stats_under_way))
+            context.add_callback(lambda: self.stats_under_way.discard(token))
+        self.asked.append(method)
+        self.asked_queue.put(method)
+        if method in self.hanging:
+            self.wait(context)
+        answer = self.answers[method]
+        if isinstance(answer, list):
+            answer = answer.pop(0) if len(answer) > 1 else answer[0]
+        self.stats_under_way.discard(token)
+        if isinstance(answer, grpc.StatusCode):
+            context.abort(answer, 'as the test wishes')
+        return answer if isinstance(answer, bytes) else answer.SerializeToString()
+
+
+# What a relay does with one stream: consume the messages, and give the serialised Empty, or not.
+Behaviour = Callable[[Iterator[wire.Metrics], grpc.ServicerContext], Iterator[bytes]]
+
+
+def acknowledge(messages: Iterator[wire.Metrics], context: grpc.ServicerContext) -> Iterator[bytes]:
+    collections.deque(messages, 0)
+    yield b''
+
+
+def end_without_answer(messages: Iterator[wire.Metrics], context: grpc.ServicerContext) -> Iterator[bytes]:
+    collections.deque(messages, 0)
+    yield from ()
+
+
+def cut_after_two(messages: Iterator[wire.Metrics], context: grpc.ServicerContext) -> Iterator[bytes]:
+    next(messages), next(messages)
+    context.abort(grpc.StatusCode.UNAVAILABLE, 'cut')
+    yield b''
+
+
+def refuse(messages: Iterator[wire.Metrics], context: grpc.ServicerContext) -> Iterator[bytes]:
+    context.abort(grpc.StatusCode.PERMISSION_DENIED, 'not you')
+    yield b''
+
+
+def fail_at_the_end(messages: Iterator[wire.Metrics], context: grpc.ServicerContext) -> Iterator[bytes]:
+    collections.deque(messages, 0)
+    context.abort(grpc.StatusCode.INTERNAL, 'too bad')
+    yield b''
+
+
+class FakeRelay(FakeServer):
+    """A relay on TCP. Each stream is treated by the next behaviour of `script`, those after them by `usual`. Metrics
+    arrive in `arrived`; when a stream has ended, the timestamps it brought are put into `streams`, and one by one into
+    `acknowledged` if they were."""
+
+    def __init__(self, test: unittest.TestCase, *script: Behaviour, usual: Behaviour = acknowledge, port: int = 0,
+                 limit_bytes: int = 4 << 20):
+        self.script: Deque[Behaviour] = collections.deque(script)
+        self.usual = usual
+        self.arrived: queue.Queue[wire.Metrics] = queue.Queue()
+        self.streams: queue.Queue[List[int]] = queue.Queue()
+        self.acknowledged: queue.Queue[int] = queue.Queue()
+        super().__init__(test, f'127.0.0.1:{port}', [('grpc.max_receive_message_length', limit_bytes)])
+        self.address = f'127.0.0.1:{self.port}'
+
+    def find(self, service: str, method: str) -> Optional[grpc.RpcMethodHandler]:
+        if (service, method) != ('metrics.MetricsService', 'SendMetrics'):
+            return None
+        return grpc.stream_stream_rpc_method_handler(self.send_metrics)
+
+    def send_metrics(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        behave, timestamps = self.script.popleft() if self.script else self.usual, []
+
+        def messages() -> Iterator[wire.Metrics]:
+            for data in requests:
+                metrics = wire.Metrics.FromString(data)
+                timestamps.append(metrics.timestamp)
+                self.arrived.put(metrics)
+                yield metrics
+
+        try:
+            yield from behave(messages(), context)
+            for timestamp in timestamps:
+                self.acknowledged.put(timestamp)
+        finally:
+            self.streams.put(timestamps)
+
+    def hold(self, messages: Iterator[wire.Metrics], context: grpc.ServicerContext) -> Iterator[bytes]:
+        """Acknowledge late: when `release` says so."""
+        collections.deque(messages, 0)
+        self.wait(context)
+        yield b''
+
+    def next_streams(self, count: int) -> List[List[int]]:
+        return [self.streams.get(timeout=PATIENCE_SECONDS) for _ in range(count)]
+
+    def next_arrived(self, count: int) -> List[wire.Metrics]:
+        return [self.arrived.get(timeout=PATIENCE_SECONDS) for _ in range(count)]
+
+
+def accept_silently(listener: socket.socket) -> socket.socket:
+    """A connection to a server that has begun to speak HTTP/2, with an empty SETTINGS frame, and says nothing more."""
+    listener.settimeout(PATIENCE_SECONDS)
+    connection = listener.accept()[0]
+    connection.settimeout(PATIENCE_SECONDS)
+    connection.sendall(b'\0\0\0\x04\0\0\0\0\0')
+    return connection
+
+
+def wait_for_end(connection: socket.socket) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    with contextlib.closing(connection):
+        while connection.recv(4096):
+            if time.monotonic() > deadline:
+                raise TimeoutError('the connection is still in use')
+
+
+# --- what a runtime says
+
+def sandbox(name: str, state: int = cri.SANDBOX_READY, created_at: int = 1) -> cri.PodSandbox:
+    return cri.PodSandbox(id=name, state=state, created_at=created_at, metadata=cri.PodSandboxMetadata(
+        name=f'{name}-name', uid=f'{name}-uid', namespace='default', attempt=2))
+
+
+def container(name: str, pod: str, state: int = cri.CONTAINER_RUNNING, created_at: int = 3, **image: str) -> cri.Container:
+    return cri.Container(id=name, pod_sandbox_id=pod, state=state, created_at=created_at, image=cri.ImageSpec(**image),
+                         metadata=cri.ContainerMetadata(name=f'{name}-name', attempt=4))
+
+
+def stats(name: str, timestamp_ns: int, usage_ns: int, rate: Optional[int] = None, **others: Any) -> cri.ContainerStats:
+    return cri.ContainerStats(attributes=cri.ContainerAttributes(id=name), cpu=cri.CpuUsage(
+        timestamp=timestamp_ns, usage_core_nano_seconds=value(usage_ns), usage_nano_cores=value(rate)), **others)
+
+
+def value(number: Optional[int]) -> Optional[cri.UInt64Value]:
+    return None if number is None else cri.UInt64Value(value=number)
+
+
+def list_stats(*entries: cri.ContainerStats) -> cri.ListContainerStatsResponse:
+    return cri.ListContainerStatsResponse(stats=entries)
+
+
+# --- what every test has
+
+class ServerTest(unittest.TestCase):
+    def setUp(self) -> None:
+        self.addCleanup(self.check_threads, set(threading.enumerate()))
+        self.directory = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, self.directory)
+        self.socket = f'{self.directory}/run/cri.sock'
+        self.tallies: Dict[str, agent.CallTally] = {}
+
+    def check_threads(self, before: Set[threading.Thread]) -> None:
+        for thread in set(threading.enumerate()) - before:
+            thread.join(PATIENCE_SECONDS)
+            self.assertFalse(thread.is_alive(), f'{thread} has stayed behind')
+
+    def roots(self, files: Dict[str, str]) -> agent.Roots:
+        """A node with these files: proc/..., sys/... and the rest."""
+        for path, text in files.items():
+            os.makedirs(os.path.dirname(f'{self.directory}/{path}'), exist_ok=True)
+            with open(f'{self.directory}/{path}', 'w', encoding='utf-8') as file:
+                file.write(text)
+        return agent.Roots(f'{self.directory}/proc', f'{self.directory}/sys', self.directory)
+
+    def cycle(self, memory: agent.PodsMemory, seconds: float = 3, socket_path: Optional[str] = '') -> agent.Part:
+        """The pods' side of one cycle. Its connection is closed at the end of the test."""
+        path = self.socket if socket_path == '' else socket_path
+        part = agent.collect_pods(self.roots({}), path, memory, time.monotonic() + seconds, self.tallies)
+        if part.after.runtime:
+            self.addCleanup(part.after.runtime.channel.close)
+        return part
+
+    def first_cycle(self, **arguments: Any) -> agent.Part:
+        return self.cycle(agent.PodsMemory(), **arguments)
+
+    def start_agent(self, *arguments: str, **settings: Any) -> subprocess.Popen:
+        """`python agent.py` on an empty node, with no settings but these; ended with the test at the latest."""
+        inherited = {name: value for name, value in os.environ.items()
+                     if name in ('PATH', 'PYTHONPATH', 'LD_LIBRARY_PATH')}
+        roots = self.roots({'proc/sys/kernel/hostname': 'node\n'})
+        process = subprocess.Popen(
+            [*settings.get('prefix', ()), sys.executable, agent.__file__, '--procfs', roots.procfs, '--sysfs', roots.sysfs,
+             '--rootfs', settings.get('rootfs', roots.rootfs), '--log-file', f'{self.directory}/log', *arguments],
+            stdin=subprocess.DEVNULL, stdout=settings.get('stdout', subprocess.PIPE), stderr=subprocess.PIPE, text=True,
+            env={**inherited, **settings.get('environment', {})})
+        self.addCleanup(self.end, process)
+        return process
+
+    def end(self, process: subprocess.Popen) -> None:
+        process.kill()
+        with process:
+            process.wait()
+
+    def troubles(self, process: subprocess.Popen) -> Tuple[str, List[str]]:
+        """stdout and the lines of stderr of a process that is about to end; being no root is no trouble here."""
+        out, err = process.communicate(timeout=PATIENCE_SECONDS)
+        return out, [line for line in err.splitlines() if 'not root:' not in line]
+
+
+# --- container runtime
+
+class RuntimeDiscoveryTest(ServerTest):
+    KUBELET = {'proc/1/comm': 'systemd\n', 'proc/1/cmdline': 'init\0--container-runtime-endpoint=/not/this.sock\0',
+               'proc/77/comm': 'kubelet\n'}
+    COMMAND_LINE = {**KUBELET, 'proc/77/cmdline': 'kubelet\0--v=2\0--container-runtime-endpoint=unix:///run/cmd.sock\0--x\0'}
+    CONFIG = {'var/lib/kubelet/config.yaml':
+              'kind: KubeletConfiguration\ncontainerRuntimeEndpoint: "unix:///run/config.sock"\nclusterDNS: []\n'}
+    KUBEADM = {'var/lib/kubelet/kubeadm-flags.env':
+               'KUBELET_KUBEADM_ARGS="--pod-x=y --container-runtime-endpoint=unix:///run/kubeadm.sock"\n'}
+    CRICTL = {'etc/crictl.yaml': 'runtime-endpoint: unix:///run/crictl.sock\nimage-endpoint: unix:///run/image.sock\n'}
+
+    def endpoints(self, files: Dict[str, str], explicit: Optional[str] = None) -> List[str]:
+        return [path.replace(os.path.realpath(self.directory), '', 1)
+                for path in agent.collect_endpoints(self.roots(files), explicit)]
+
+    def test_endpoints_are_ordered_from_the_most_deliberate_to_the_usual(self) -> None:
+        usual = list(agent.CRI_SOCKETS)
+        for files, configured in (
+                ({}, []),
+                (self.CRICTL, ['/run/crictl.sock']),
+                (self.KUBEADM, ['/run/kubeadm.sock', '/run/crictl.sock']),
+                (self.CONFIG, ['/run/config.sock', '/run/kubeadm.sock', '/run/crictl.sock']),
+                (self.COMMAND_LINE, ['/run/cmd.sock', '/run/config.sock', '/run/kubeadm.sock', '/run/crictl.sock'])):
+            with self.subTest(configured=configured):
+                self.assertEqual(self.endpoints(files), configured + usual)
+
+    def test_the_flag_excludes_every_other_endpoint(self) -> None:
+        for explicit in ('/run/x.sock', 'unix:///run/x.sock'):
+            self.assertEqual(self.endpoints({**self.COMMAND_LINE, **self.CRICTL}, explicit), ['/run/x.sock'])
+
+    def test_forms_of_the_endpoint_that_are_read(self) -> None:
+        for parse, text, expected in (
+                (agent.parse_endpoint_flag, 'kubelet\0--container-runtime-endpoint\0/run/a.sock\0', '/run/a.sock'),
+                (agent.parse_endpoint_flag, 'X="--container-runtime-endpoint=unix:///run/a.sock"', 'unix:///run/a.sock'),
+                (agent.parse_endpoint_flag, 'kubelet\0--v=2\0', None),
+                (agent.parse_endpoint_flag, '', None),
+                (agent.parse_endpoint_setting, "runtime-endpoint: '/run/a.sock' # here", '/run/a.sock'),
+                (agent.parse_endpoint_setting, 'runtime-endpoint: ""\ndebug: false\n', None),
+                (agent.parse_endpoint_setting, '#runtime-endpoint: /run/a.sock\n', None),
+                (agent.parse_endpoint_setting, 'image-endpoint: /run/a.sock\nother: 1\n', None)):
+            with self.subTest(text=text):
+                self.assertEqual(parse(text), expected)
+
+    def test_one_socket_under_two_names_counts_once(self) -> None:
+        os.makedirs(f'{self.directory}/run')
+        os.makedirs(f'{self.directory}/var')
+        os.symlink('../run', f'{self.directory}/var/run')
+        files = {'etc/crictl.yaml': 'runtime-endpoint: unix:///var/run/crio/crio.sock\n'}
+        self.assertEqual(collections.Counter(self.endpoints(files))['/run/crio/crio.sock'], 1)
+
+    def test_an_endpoint_through_an_absolute_link_stays_in_the_mounted_root(self) -> None:
+        """/var/run -> /run on Debian: in a container that sees the node's / elsewhere, /run is the container's own."""
+        os.makedirs(f'{self.directory}/var')
+        os.symlink('/run', f'{self.directory}/var/run')
+        FakeRuntime(self, f'{self.directory}/run/own.sock')
+        self.roots({'etc/crictl.yaml': 'runtime-endpoint: unix:///var/run/own.sock\n'})
+        self.assertEqual(len(self.first_cycle(socket_path=None).message), 1)
+
+    def test_environment_names_the_runtime_and_the_flag_wins(self) -> None:
+        for name in ('by-flag', 'by-environment'):
+            FakeRuntime(self, f'{self.directory}/{name}.sock',
+                        ListPodSandbox=cri.ListPodSandboxResponse(items=[sandbox(name)]))
+        settings = {'environment': {'CONTAINER_RUNTIME_ENDPOINT': f'unix://{self.directory}/by-environment.sock'}, 'rootfs': '/'}
+        both = ('--once', '--output', 'json')
+        processes = {'by-flag': self.start_agent(*both, '--cri-socket', f'{self.directory}/by-flag.sock', **settings),
+                     'by-environment': self.start_agent(*both, **settings)}
+        for name, process in processes.items():
+            with self.subTest(name):
+                pods = json.loads(self.troubles(process)[0])['pod_metrics']
+                self.assertEqual([pod['id'] for pod in pods], [name])
+
+    def test_the_configured_socket_is_found_below_the_root(self) -> None:
+        runtime = FakeRuntime(self, f'{self.directory}/run/config.sock')
+        self.roots(self.CONFIG)
+        self.assertEqual(len(self.first_cycle(socket_path=None).message), 1)
+        self.assertIn('Version', runtime.asked)
+
+    def test_a_runtime_of_either_version_is_understood_v1_first(self) -> None:
+        for services, expected in (((V1,), V1), ((V1ALPHA2,), V1ALPHA2), ((V1ALPHA2, V1), V1)):
+            with self.subTest(services=services):
+                path = f'{self.directory}/{len(services)}{services[0]}.sock'
+                FakeRuntime(self, path, services)
+                part = self.first_cycle(socket_path=path)
+                self.assertEqual((part.after.runtime.service, len(part.message)), (expected, 1))
+
+    def test_a_candidate_that_is_no_runtime_gives_way_to_the_next(self) -> None:
+        """A containerd whose CRI plugin is disabled says UNIMPLEMENTED to both versions."""
+        os.makedirs(f'{self.directory}/run/k3s/containerd')
+        with contextlib.closing(socket.socket(socket.AF_UNIX)) as deserted:
+            deserted.bind(f'{self.directory}/run/k3s/containerd/containerd.sock')
+        FakeRuntime(self, f'{self.directory}/run/containerd/containerd.sock', services=())
+        FakeRuntime(self, f'{self.directory}/run/k0s/containerd.sock', Version=b'\xff\xff')
+        FakeRuntime(self, f'{self.directory}/run/dockershim.sock')
+        part = self.first_cycle(socket_path=None)
+        self.assertEqual((os.path.basename(part.after.runtime.socket), len(part.message)), ('dockershim.sock', 1))
+
+    def test_a_hung_candidate_gives_way_to_the_next(self) -> None:
+        FakeRuntime(self, f'{self.directory}/run/containerd/containerd.sock').hanging.add('Version')
+        FakeRuntime(self, f'{self.directory}/run/crio/crio.sock')
+        part = self.first_cycle(socket_path=None, seconds=1)
+        self.assertEqual((os.path.basename(part.after.runtime.socket), len(part.message)), ('crio.sock', 1))
+
+    def test_of_several_runtimes_the_one_with_sandboxes_is_taken(self) -> None:
+        FakeRuntime(self, f'{self.directory}/run/containerd/containerd.sock', ListPodSandbox=b'')
+        FakeRuntime(self, f'{self.directory}/run/k3s/containerd/containerd.sock', (V1ALPHA2,))
+        self.assertEqual(len(self.first_cycle(socket_path=None).message), 1)
+
+    def test_of_several_runtimes_with_sandboxes_the_likeliest_is_taken(self) -> None:
+        """Also where it speaks the older version."""
+        FakeRuntime(self, f'{self.directory}/run/containerd/containerd.sock', (V1ALPHA2,))
+        FakeRuntime(self, f'{self.directory}/run/crio/crio.sock')
+        self.assertEqual(os.path.basename(self.first_cycle(socket_path=None).after.runtime.socket), 'containerd.sock')
+
+    def test_a_runtime_without_sandboxes_gives_way_once_another_has_some(self) -> None:
+        """Docker's containerd is up before that of k3s."""
+        FakeRuntime(self, f'{self.directory}/run/containerd/containerd.sock', ListPodSandbox=b'')
+        part = self.first_cycle(socket_path=None)
+        FakeRuntime(self, f'{self.directory}/run/k3s/containerd/containerd.sock')
+        for _ in range(3):
+            part = self.cycle(part.after, socket_path=None)
+        self.assertEqual(len(part.message), 1)
+
+    def test_the_agent_only_reads(self) -> None:
+        reading = {'Version', 'ListPodSandbox', 'ListContainers', 'ListContainerStats'}
+        self.assertEqual(set(agent.CRI_ANSWERS), reading)
+        runtime = FakeRuntime(self, self.socket, ListContainerStats=[grpc.StatusCode.UNKNOWN, b''])
+        self.cycle(self.first_cycle().after)
+        self.assertEqual(set(runtime.asked), reading)
+
+    def test_no_runtime_is_a_failure_that_names_what_was_tried(self) -> None:
+        os.makedirs(f'{self.directory}/run')
+        with contextlib.closing(socket.socket(socket.AF_UNIX)) as deserted:
+            deserted.bind(f'{self.directory}/run/deserted.sock')
+        FakeRuntime(self, f'{self.directory}/run/other.sock', services=())
+        self.roots({'run/file.sock': ''})
+        for name, expected in (('absent', 'no socket at'), ('file', 'no socket at'), ('deserted', 'UNAVAILABLE'),
+                               ('other', 'UNIMPLEMENTED')):
+            with self.subTest(name):
+                path = f'{self.directory}/run/{name}.sock'
+                part = self.first_cycle(socket_path=path)
+                self.assertEqual((part.message, part.after.runtime), ([], None))
+                self.assertIn(path, part.failures['container runtime'])
+                self.assertIn(expected, part.failures['container runtime'])
+
+    def test_a_connection_that_led_nowhere_is_closed(self) -> None:
+        os.makedirs(f'{self.directory}/run')
+        with contextlib.closing(socket.socket(socket.AF_UNIX)) as listener:
+            listener.bind(self.socket)
+            listener.listen()
+            for _ in range(3):
+                with concurrent.futures.ThreadPoolExecutor(1) as thread:
+                    thread.submit(self.first_cycle, seconds=0.3)
+                    connection = accept_silently(listener)
+                wait_for_end(connection)
+
+    def test_settings_that_cannot_be_read_cost_nothing_else(self) -> None:
+        """A hostPath mount of a file that is absent makes a directory of that name."""
+        for path in ('etc/crictl.yaml', 'var/lib/kubelet/config.yaml'):
+            os.makedirs(f'{self.directory}/{path}')
+        FakeRuntime(self, f'{self.directory}/run/containerd/containerd.sock')
+        self.assertEqual(len(self.first_cycle(socket_path=None).message), 1)
+
+
+# --- pods and containers
+
+class PodsTest(ServerTest):
+    def cycles(self, runtime: FakeRuntime, answers: Iterable[Any]) -> List[wire.ContainerMetrics]:
+        """The one container of the one pod, in a cycle for each of these answers to ListContainerStats."""
+        memory, metrics = agent.PodsMemory(), []
+        for answer in answers:
+            runtime.answers['ListContainerStats'] = answer
+            part = self.cycle(memory)
+            memory = part.after
+            metrics.append(part.message[0].container_metrics[0])
+        return metrics
+
+    def test_every_field_has_its_place(self) -> None:
+        FakeRuntime(self, self.socket, ListContainers=cri.ListContainersResponse(containers=[
+            container('app', 'pod', image='sha256:5', user_specified_image='registry/app:5')]),
+            ListContainerStats=list_stats(stats(
+                'app', 11, 12, 13,
+                memory=cri.MemoryUsage(timestamp=21, working_set_bytes=value(22), available_bytes=value(0), usage_bytes=value(24),
+                                       rss_bytes=value(25), page_faults=value(26), major_page_faults=value(27)),
+                writable_layer=cri.FilesystemUsage(timestamp=31, fs_id=cri.FilesystemIdentifier(mountpoint='/32'),
+                                                   used_bytes=value(33), inodes_used=value(34)),
+                swap=cri.SwapUsage(timestamp=41, swap_available_bytes=value(42), swap_usage_bytes=value(43)))))
+        part = self.first_cycle()
+        self.assertEqual(part.failures, {})
+        self.assertEqual(json_format.MessageToDict(part.message[0], preserving_proto_field_name=True), {
+            'id': 'pod', 'uid': 'pod-uid', 'name': 'pod-name', 'namespace': 'default', 'created_at': '1',
+            'state': 'SANDBOX_READY', 'attempt': 2, 'container_metrics': [{
+                'id': 'app', 'name': 'app-name', 'image': 'registry/app:5', 'created_at': '3', 'state': 'CONTAINER_RUNNING',
+                'attempt': 4,
+                'cpu_metrics': {'timestamp': '11', 'usage_nano_cores': '13', 'usage_core_nano_seconds': '12'},
+                'memory_metrics': {'timestamp': '21', 'working_set_bytes': '22', 'available_bytes': '0', 'usage_bytes': '24',
+                                   'rss_bytes': '25', 'page_faults': '26', 'major_page_faults': '27'},
+                'file_system_metrics': {'timestamp': '31', 'mountpoint': '/32', 'used_bytes': '33', 'inodes_used': '34'},
+                'swap_metrics': {'timestamp': '41', 'available_bytes': '42', 'usage_bytes': '43'}}]})
+
+    def test_sandboxes_that_are_not_ready_are_not_listed(self) -> None:
+        FakeRuntime(self, self.socket, ListPodSandbox=cri.ListPodSandboxResponse(items=[
+            sandbox('b'), sandbox('gone', cri.SANDBOX_NOTREADY), sandbox('a'), sandbox('odd', 7)]))
+        self.assertEqual([pod.id for pod in self.first_cycle().message], ['a', 'b'])
+
+    def test_containers_are_listed_in_every_state_with_their_own_pod(self) -> None:
+        FakeRuntime(
+            self, self.socket, ListPodSandbox=cri.ListPodSandboxResponse(items=[sandbox('one'), sandbox('two'), sandbox('none')]),
+            ListContainers=cri.ListContainersResponse(containers=[
+                container('odd', 'one', 9, 5), container('created', 'one', cri.CONTAINER_CREATED, 4),
+                container('exited', 'one', cri.CONTAINER_EXITED, 3), container('running', 'two', image='nginx'),
+                container('orphan', 'gone')]),
+            ListContainerStats=list_stats(
+                cri.ContainerStats(attributes=cri.ContainerAttributes(id='exited'),
+                                   writable_layer=cri.FilesystemUsage(timestamp=6, used_bytes=value(0))),
+                stats('running', 1, 2), stats('unknown', 1, 2)))
+        pods = {pod.id: pod.container_metrics for pod in self.first_cycle().message}
+        self.assertEqual({name: [(c.id, c.state) for c in containers] for name, containers in pods.items()}, {
+            'none': [], 'one': [('exited', 'CONTAINER_EXITED'), ('created', 'CONTAINER_CREATED'), ('odd', '9')],
+            'two': [('running', 'CONTAINER_RUNNING')]})
+        exited, created = pods['one'][:2]
+        self.assertFalse(exited.HasField('cpu_metrics') or exited.HasField('memory_metrics'))
+        self.assertTrue(exited.file_system_metrics.HasField('used_bytes'))
+        self.assertFalse(any(created.HasField(part) for part in (
+            'cpu_metrics', 'memory_metrics', 'file_system_metrics', 'swap_metrics')))
+        self.assertEqual(pods['two'][0].image, 'nginx')
+
+    def test_writable_layer_that_was_never_measured_is_absent(self) -> None:
+        layer = cri.FilesystemUsage(timestamp=0, fs_id=cri.FilesystemIdentifier(mountpoint='/x'), used_bytes=value(0))
+        FakeRuntime(self, self.socket, ListContainerStats=list_stats(stats('app', 1, 2, writable_layer=layer)))
+        self.assertFalse(self.first_cycle().message[0].container_metrics[0].HasField('file_system_metrics'))
+
+    def test_usage_nano_cores_is_of_our_own_two_samples(self) -> None:
+        """Each case: samples (timestamp, usage, the runtime's rate), and the rate after the last of them."""
+        second, absent, runtime = 10**9, None, FakeRuntime(self, self.socket)
+        for what, samples, expected in (
+                ('half a core', [(1 * second, 0, None), (3 * second, 1 * second, None)], 500_000_000),
+                ('idle', [(1 * second, 7, None), (2 * second, 7, 99)], 0),
+                ("not the runtime's", [(1 * second, 0, 77), (2 * second, 5, 77)], 5),
+                ('from the last one', [(1 * second, 0, None), (2 * second, 100, None), (3 * second, 103, None)], 3),
+                ('no time has passed', [(5, 0, 77), (5, 9, 77)], absent),
+                ('time went back', [(5, 0, 77), (4, 9, 77)], absent),
+                ('counter went back', [(5, 9, 77), (6, 8, 77)], absent),
+                ('after a sample that went back', [(1 * second, 100, 77), (2 * second, 0, 77), (3 * second, 4, 77)], 4),
+                ("first: the runtime's", [(1, 2, 77)], 77),
+                ("first: the runtime's largest", [(1, 2, agent.SANE_NANO_CORES - 1)], agent.SANE_NANO_CORES - 1),
+                ('first: 0 may mean none', [(1, 2, 0)], absent),
+                ('first: containerd 1.6 tearing down', [(1, 2, 2**63)], absent),
+                ('first: more than any machine', [(1, 2, agent.SANE_NANO_CORES)], absent),
+                ('first: none', [(1, 2, None)], absent)):
+            with self.subTest(what):
+                cpu = self.cycles(runtime, [list_stats(stats('app', *sample)) for sample in samples])[-1].cpu_metrics
+                self.assertEqual(cpu.usage_nano_cores.value if cpu.HasField('usage_nano_cores') else absent, expected)
+
+    def test_a_counter_that_went_back_is_no_measurement(self) -> None:
+        first, second = self.cycles(FakeRuntime(self, self.socket), [
+            list_stats(stats('app', 5, 9)), list_stats(stats('app', 6, 0))])
+        self.assertTrue(first.HasField('cpu_metrics'))
+        self.assertFalse(second.HasField('cpu_metrics'))
+
+    def test_samples_survive_a_cycle_without_statistics(self) -> None:
+        third = self.cycles(FakeRuntime(self, self.socket), [
+            list_stats(stats('app', 10**9, 0)), grpc.StatusCode.UNKNOWN, list_stats(stats('app', 3 * 10**9, 10))])[-1]
+        self.assertEqual(third.cpu_metrics.usage_nano_cores.value, 5)
+
+    def test_nonsense_numbers_cost_no_more_than_themselves(self) -> None:
+        """Largest and smallest of every type; the rate between these two samples does not fit into 64 bits."""
+        most, least = 2**63 - 1, -2**63
+        self.assertEqual(len(self.cycles(FakeRuntime(
+            self, self.socket,
+            ListPodSandbox=cri.ListPodSandboxResponse(items=[cri.PodSandbox(id='pod', created_at=least)]),
+            ListContainers=cri.ListContainersResponse(containers=[
+                cri.Container(id='app', pod_sandbox_id='pod', created_at=most, state=2**31 - 1)])), [
+            list_stats(stats('app', 1, 0)), list_stats(stats('app', 2, 2**64 - 1)), list_stats(stats('app', least, 0)),
+            list_stats(stats('app', most, 2**64 - 1)), list_stats(stats('', 0, 0), stats('app', 0, 0))])), 5)
+
+    def test_statistics_that_fail_once_are_asked_for_again_at_once(self) -> None:
+        runtime = FakeRuntime(self, self.socket, ListContainerStats=[grpc.StatusCode.NOT_FOUND, list_stats(stats('app', 1, 2))])
+        part = self.first_cycle()
+        self.assertTrue(part.message[0].container_metrics[0].HasField('cpu_metrics'))
+        self.assertEqual((part.failures, runtime.asked.count('ListContainerStats')), ({}, 2))
+
+    def test_statistics_that_always_fail_leave_the_lists(self) -> None:
+        for answer in (grpc.StatusCode.UNKNOWN, grpc.StatusCode.UNIMPLEMENTED, b'\xff\xff garbage'):
+            with self.subTest(answer=answer):
+                path = f'{self.directory}/run/{len(str(answer))}.sock'
+                runtime = FakeRuntime(self, path, ListContainerStats=answer)
+                part = self.first_cycle(socket_path=path)
+                for _ in range(2):
+                    part = self.cycle(part.after, socket_path=path)
+                metrics = part.message[0].container_metrics[0]
+                self.assertEqual((metrics.id, metrics.state), ('app', 'CONTAINER_RUNNING'))
+                self.assertFalse(metrics.HasField('cpu_metrics'))
+                self.assertIn('ListContainerStats', part.failures['container statistics'])
+                self.assertEqual((runtime.asked.count('Version'), runtime.asked.count('ListContainerStats')), (1, 6))
+
+    def test_statistics_that_hang_leave_the_lists_and_have_one_call_under_way(self) -> None:
+        runtime = FakeRuntime(self, self.socket)
+        runtime.hanging.add('ListContainerStats')
+        part = self.first_cycle(seconds=0.3)
+        for _ in range(4):
+            self.assertEqual([pod.container_metrics[0].id for pod in part.message], ['app'])
+            self.assertIn('container statistics', part.failures)
+            part = self.cycle(part.after, seconds=0.1)
+        self.assertEqual((runtime.asked.count('ListContainerStats'), runtime.asked.count('Version')), (1, 1))
+        runtime.release()
+        part = self.cycle(part.after)
+        self.assertEqual(part.message[0].container_metrics[0].cpu_metrics.usage_core_nano_seconds.value, 500)
+        self.assertEqual((part.failures, runtime.most_stats_under_way), ({}, 1))
+
+    def test_statistics_that_hang_for_long_are_asked_for_anew_but_never_twice_at_a_time(self) -> None:
+        runtime = FakeRuntime(self, self.socket)
+        runtime.hanging.add('ListContainerStats')
+        with mock.patch.object(agent, 'STATS_TIMEOUT_SECONDS', 0.15):
+            part = self.first_cycle(seconds=0.3)
+            for _ in range(5):
+                part = self.cycle(part.after, seconds=0.1)
+                self.assertEqual(len(part.message), 1)
+        self.assertGreater(runtime.asked.count('ListContainerStats'), 1)
+        self.assertEqual(runtime.most_stats_under_way, 1)
+
+    def test_answers_above_four_mebibytes_are_accepted(self) -> None:
+        names = [f'{number:04}-{"x" * 60_000}' for number in range(100)]
+        FakeRuntime(self, self.socket, ListContainers=cri.ListContainersResponse(
+            containers=[container(name, 'pod') for name in names]),
+            ListContainerStats=list_stats(*(stats(name, 1, 2) for name in names)))
+        part = self.first_cycle()
+        self.assertEqual([metrics.id for metrics in part.message[0].container_metrics], names)
+        self.assertTrue(all(metrics.HasField('cpu_metrics') for metrics in part.message[0].container_metrics))
+
+    def test_garbage_and_errors_in_the_lists_are_failures_that_pass(self) -> None:
+        for number, (method, answer) in enumerate((method, answer) for method in ('ListPodSandbox', 'ListContainers')
+                                                  for answer in (b'\xff\xff', b'\x0a\x7f', grpc.StatusCode.INTERNAL)):
+            with self.subTest(method=method, answer=answer):
+                path = f'{self.directory}/run/{number}.sock'
+                runtime = FakeRuntime(self, path)
+                usual, runtime.answers[method] = runtime.answers[method], answer
+                part = self.first_cycle(socket_path=path)
+                self.assertEqual(part.message, [])
+                self.assertIn(method, part.failures['container runtime'])
+                runtime.answers[method] = usual
+                part = self.cycle(part.after, socket_path=path)
+                self.assertEqual((len(part.message), part.failures), (1, {}))
+
+    def test_a_runtime_restarted_under_the_same_path_is_found_again(self) -> None:
+        before = FakeRuntime(self, self.socket)
+        part = self.first_cycle()
+        before.close()
+        gone = self.cycle(part.after)
+        self.assertEqual((gone.message, list(gone.failures)), ([], ['container runtime']))
+        FakeRuntime(self, self.socket, (V1ALPHA2,), ListContainerStats=list_stats(stats('app', 2 * 10**9, 507)))
+        back = self.cycle(gone.after)
+        self.assertEqual((back.failures, back.message[0].container_metrics[0].cpu_metrics.usage_nano_cores.value), ({}, 7))
+
+    def test_a_runtime_replaced_between_two_cycles_is_not_missed_for_one(self) -> None:
+        before = FakeRuntime(self, self.socket)
+        part = self.first_cycle()
+        os.rename(self.socket, f'{self.socket}.old')
+        after = FakeRuntime(self, self.socket)
+        self.assertEqual(len(self.cycle(part.after).message), 1)
+        self.assertEqual((before.asked.count('ListPodSandbox'), after.asked.count('ListPodSandbox')), (1, 1))
+
+
+# --- snapshot
+
+class SnapshotTest(ServerTest):
+    def setUp(self) -> None:
+        super().setUp()
+        self.thread = concurrent.futures.ThreadPoolExecutor(1)
+        self.addCleanup(self.thread.shutdown)
+        self.tree = self.roots({'proc/sys/kernel/hostname': 'node\n'})
+        self.run_state = agent.Run()
+
+    def snapshot(self, memory: agent.Memory, seconds: float = 0.5) -> agent.Part:
+        options = argparse.Namespace(main_loop_duration=seconds, top_n=1, cri_socket=self.socket)
+        part = agent.collect_snapshot(self.tree, options, memory, self.thread, self.run_state)
+        if part.after.pods.runtime:
+            self.addCleanup(part.after.pods.runtime.channel.close)
+        return part
+
+    def test_a_snapshot_has_the_node_the_pods_and_the_start_of_its_collection(self) -> None:
+        FakeRuntime(self, self.socket)
+        before = int(time.time())
+        metrics = self.snapshot(agent.Memory(), 10).message
+        self.assertTrue(before <= metrics.timestamp <= time.time())
+        self.assertEqual((metrics.node_metrics.hostname, [pod.id for pod in metrics.pod_metrics]), ('node', ['pod']))
+
+    def test_a_hung_runtime_delays_the_node_no_longer_than_its_share_and_comes_back(self) -> None:
+        for method in agent.CRI_ANSWERS:
+            with self.subTest(method):
+                self.socket = f'{self.directory}/run/{method}.sock'
+                runtime = FakeRuntime(self, self.socket)
+                runtime.hanging.add(method)
+                start = time.monotonic()
+                part = self.snapshot(agent.Memory())
+                # Up to three calls may get the shortest time-out each, after the 0.4 s.
+                self.assertLess(time.monotonic() - start, 0.5 + 0.3)
+                self.assertEqual(part.message.node_metrics.hostname, 'node')
+                self.assertTrue(part.failures)
+                runtime.release()
+                part = self.snapshot(part.after, 5)
+                self.assertTrue(part.message.pod_metrics[0].container_metrics[0].HasField('cpu_metrics'))
+                self.assertEqual({subject for subject in part.failures if 'container' in subject}, set())
+
+    def test_a_runtime_that_does_not_even_accept_delays_the_node_no_longer_than_its_share(self) -> None:
+        os.makedirs(f'{self.directory}/run')
+        with contextlib.closing(socket.socket(socket.AF_UNIX)) as listener:
+            listener.bind(self.socket)
+            listener.listen()
+            start = time.monotonic()
+            part = self.snapshot(agent.Memory())
+            self.assertLess(time.monotonic() - start, 0.5 + 0.3)
+        self.assertEqual((part.message.node_metrics.hostname, len(part.message.pod_metrics)), ('node', 0))
+        os.unlink(self.socket)
+        FakeRuntime(self, self.socket)
+        self.assertEqual(len(self.snapshot(part.after, 5).message.pod_metrics), 1)
+
+    def test_a_hung_runtime_is_asked_on_one_connection(self) -> None:
+        runtime = FakeRuntime(self, self.socket)
+        part = self.snapshot(agent.Memory(), 5)
+        runtime.hanging.add('ListPodSandbox')
+        for _ in range(3):
+            part = self.snapshot(part.after, 0.2)
+        runtime.release()
+        self.assertEqual(len(self.snapshot(part.after, 5).message.pod_metrics), 1)
+        self.assertEqual(runtime.asked.count('Version'), 1)
+
+    def test_a_trouble_is_logged_when_it_begins_and_when_it_ends(self) -> None:
+        with self.assertLogs('kubensage-agent') as logged:
+            for before, now in (({}, {'cpu': 'x'}), ({'cpu': 'x'}, {'cpu': 'y'}), ({'cpu': 'y'}, {})):
+                agent.log_changes(before, now)
+        self.assertEqual([(record.levelname, record.getMessage()) for record in logged.records],
+                         [('WARNING', 'cpu: x'), ('INFO', 'cpu: well again')])
+
+
+# --- backlog and relay
+
+class DeliveryTest(ServerTest):
+    def setUp(self) -> None:
+        """A pause after a failure is announced in `pauses`, and very short."""
+        super().setUp()
+        self.pauses: queue.Queue[int] = queue.Queue()
+        pause = mock.patch.object(agent, 'backoff_seconds', lambda failures: self.pauses.put(failures) or 0.01)
+        pause.start()
+        self.addCleanup(pause.stop)
+
+    def backlog(self, *timestamps: int, retention_seconds: float = 600) -> agent.Backlog:
+        backlog = agent.Backlog(retention_seconds)
+        self.add(backlog, *timestamps)
+        return backlog
+
+    def add(self, backlog: agent.Backlog, *timestamps: int) -> None:
+        for timestamp in timestamps:
+            self.assertEqual(agent.add_snapshot(backlog, wire.Metrics(timestamp=timestamp).SerializeToString()), {})
+
+    def deliver(self, backlog: agent.Backlog, address: str) -> threading.Thread:
+        sender = agent.start_delivery(backlog, agent.Relay(address))
+        self.addCleanup(agent.close_backlog, backlog, sender, 0.1)
+        return sender
+
+    def drain(self, backlog: agent.Backlog, sender: threading.Thread) -> int:
+        """Close the backlog; how much is left."""
+        left = agent.close_backlog(backlog, sender, PATIENCE_SECONDS)
+        self.assertFalse(sender.is_alive())
+        return left
+
+    def test_what_is_acknowledged_is_sent_once_and_in_order(self) -> None:
+        relay, backlog = FakeRelay(self), self.backlog(1, 2, 3)
+        sender = self.deliver(backlog, relay.address)
+        self.assertEqual(relay.next_streams(1), [[1, 2, 3]])
+        self.add(backlog, 4)
+        self.assertEqual(relay.next_streams(1), [[4]])
+        self.assertEqual(self.drain(backlog, sender), 0)
+        self.assertTrue(relay.streams.empty())
+
+    def test_a_relay_that_comes_up_late_gets_everything_in_order(self) -> None:
+        with contextlib.closing(socket.socket()) as reserved:
+            # Bound but not listening: connections are refused, and the server may bind it too.
+            reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            reserved.bind(('127.0.0.1', 0))
+            port = reserved.getsockname()[1]
+            backlog = self.backlog(1, 2)
+            self.deliver(backlog, f'127.0.0.1:{port}')
+            self.pauses.get(timeout=PATIENCE_SECONDS)
+            self.add(backlog, 3, 4)
+            self.pauses.get(timeout=PATIENCE_SECONDS)
+            relay = FakeRelay(self, port=port)
+            self.assertEqual([metrics.timestamp for metrics in relay.next_arrived(4)], [1, 2, 3, 4])
+            self.add(backlog, 5)
+            self.assertEqual(relay.next_arrived(1)[0].timestamp, 5)
+
+    def test_only_the_answer_acknowledges(self) -> None:
+        """Whatever else ends a stream, all of its batch is sent again, oldest first, what is new behind it."""
+        for behaviour, arrived in ((cut_after_two, [1, 2]), (refuse, []), (fail_at_the_end, [1, 2, 3]),
+                                   (end_without_answer, [1, 2, 3])):
+            with self.subTest(behaviour.__name__):
+                relay, backlog = FakeRelay(self, behaviour, behaviour), self.backlog(1, 2, 3)
+                sender = self.deliver(backlog, relay.address)
+                self.assertEqual(relay.next_streams(3), [arrived, arrived, [1, 2, 3]])
+                self.assertEqual((self.drain(backlog, sender), backlog.dropped), (0, {}))
+
+    def test_a_relay_that_hangs_is_left_at_the_deadline_and_gets_less_at_once(self) -> None:
+        relay, backlog = FakeRelay(self), self.backlog(*range(1, 121))
+        relay.script.extend([relay.hold, relay.hold])
+        with mock.patch.object(agent, 'SEND_TIMEOUT_SECONDS', 0.3):
+            self.deliver(backlog, relay.address)
+            streams = relay.next_streams(2)
+        self.assertEqual([len(stream) for stream in streams], [50, 25])
+        everything = sum(relay.next_streams(4), [])
+        self.assertEqual(everything, list(range(1, 121)))
+
+    def test_a_connection_to_a_relay_that_hangs_is_closed_and_made_anew(self) -> None:
+        with contextlib.closing(socket.create_server(('127.0.0.1', 0))) as listener:
+            with mock.patch.object(agent, 'SEND_TIMEOUT_SECONDS', 0.2):
+                self.deliver(self.backlog(1), '{}:{}'.format(*listener.getsockname()))
+                for _ in range(3):
+                    wait_for_end(accept_silently(listener))
+
+    def test_a_stream_has_at_most_fifty_snapshots(self) -> None:
+        relay = FakeRelay(self)
+        self.deliver(self.backlog(*range(120)), relay.address)
+        self.assertEqual(relay.next_streams(3), [list(range(50)), list(range(50, 100)), list(range(100, 120))])
+
+    def test_collection_does_not_wait_for_a_relay_that_answers_late(self) -> None:
+        relay = FakeRelay(self)
+        relay.script.append(relay.hold)
+        backlog = self.backlog(1)
+        sender = self.deliver(backlog, relay.address)
+        relay.next_arrived(1)
+        start = time.monotonic()
+        self.add(backlog, *range(2, 1002))
+        self.assertLess(time.monotonic() - start, 1)
+        relay.release()
+        self.assertEqual([metrics.timestamp for metrics in relay.next_arrived(1000)], list(range(2, 1002)))
+        self.assertEqual(self.drain(backlog, sender), 0)
+
+    def test_retention_drops_the_oldest_and_counts_them(self) -> None:
+        backlog = self.backlog(1, 2, 3, retention_seconds=60)
+        first, second, third = backlog.snapshots
+        self.assertEqual(agent.drop_excess(backlog, first.taken + 60), {})
+        self.assertEqual(list(agent.drop_excess(backlog, (second.taken + third.taken) / 2 + 60)), ['backlog'])
+        self.assertEqual((list(backlog.snapshots), backlog.dropped), ([third], {'retention': 2}))
+
+    def test_what_expires_under_way_does_not_take_its_successors_with_it(self) -> None:
+        relay = FakeRelay(self)
+        relay.script.append(relay.hold)
+        backlog = self.backlog(1)
+        sender = self.deliver(backlog, relay.address)
+        relay.next_arrived(1)
+        backlog.snapshots[0] = backlog.snapshots[0]._replace(taken=-math.inf)
+        failures = agent.add_snapshot(backlog, wire.Metrics(timestamp=2).SerializeToString())
+        self.assertEqual((list(failures), backlog.dropped), (['backlog'], {'retention': 1}))
+        relay.release()
+        self.assertEqual(relay.next_arrived(1)[0].timestamp, 2)
+        self.assertEqual(self.drain(backlog, sender), 0)
+
+    def test_a_snapshot_that_no_relay_accepts_is_dropped_with_one_line_and_blocks_nothing(self) -> None:
+        relay, backlog = FakeRelay(self), self.backlog(1)
+        troubles: Dict[str, str] = {}
+        with self.assertLogs('kubensage-agent') as logged:
+            for size in (agent.MAX_SNAPSHOT_BYTES + 1, agent.MAX_SNAPSHOT_BYTES + 2):
+                failures = agent.add_snapshot(backlog, bytes(size))
+                agent.log_changes(troubles, failures)
+                troubles = failures
+        self.assertEqual((len(logged.output), backlog.dropped), (1, {'too large': 2}))
+        self.assertIn(str(agent.MAX_SNAPSHOT_BYTES + 1), logged.output[0])
+        self.add(backlog, 2)
+        self.deliver(backlog, relay.address)
+        self.assertEqual(relay.next_streams(1), [[1, 2]])
+
+    def test_the_largest_snapshot_is_accepted(self) -> None:
+        relay, backlog = FakeRelay(self), self.backlog(1)
+        # Each of the two nested fields has a tag of one byte and a length of four.
+        largest = wire.Metrics(pod_metrics=[wire.PodMetrics(id='x' * (agent.MAX_SNAPSHOT_BYTES - 10))]).SerializeToString()
+        self.assertEqual((len(largest), agent.add_snapshot(backlog, largest)), (agent.MAX_SNAPSHOT_BYTES, {}))
+        self.deliver(backlog, relay.address)
+        self.assertEqual(relay.next_streams(1), [[1, 0]])
+
+    def test_what_a_relay_with_a_smaller_limit_refuses_is_dropped_alone(self) -> None:
+        relay, backlog = FakeRelay(self, limit_bytes=1000), self.backlog(1, 2)
+        for name_length in (2000, 3000):
+            agent.add_snapshot(backlog, wire.Metrics(pod_metrics=[wire.PodMetrics(id='x' * name_length)]).SerializeToString())
+            self.add(backlog, 3)
+        with self.assertLogs('kubensage-agent', 'ERROR') as logged:
+            sender = self.deliver(backlog, relay.address)
+            self.assertEqual([relay.acknowledged.get(timeout=PATIENCE_SECONDS) for _ in range(4)], [1, 2, 3, 3])
+            self.assertEqual(self.drain(backlog, sender), 0)
+        self.assertEqual((len(logged.output), backlog.dropped), (2, {'too large': 2}))
+
+    def test_other_shortages_of_the_relay_drop_nothing(self) -> None:
+        def exhausted(messages: Iterator[wire.Metrics], context: grpc.ServicerContext) -> Iterator[bytes]:
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, 'too many streams')
+            yield b''
+
+        relay, backlog = FakeRelay(self, exhausted, exhausted), self.backlog(1)
+        self.deliver(backlog, relay.address)
+        self.assertEqual(relay.next_streams(3), [[], [], [1]])
+        self.assertEqual(backlog.dropped, {})
+
+    def test_an_outage_is_logged_when_it_begins_and_when_it_ends(self) -> None:
+        relay, backlog = FakeRelay(self, refuse, refuse, refuse), self.backlog(1)
+        with self.assertLogs('kubensage-agent') as logged:
+            sender = self.deliver(backlog, relay.address)
+            relay.next_arrived(1)
+            self.drain(backlog, sender)
+        self.assertEqual([record.levelname for record in logged.records], ['WARNING', 'INFO'])
+        self.assertIn('PERMISSION_DENIED: not you', logged.output[0])
+
+    def test_failures_in_a_row_are_counted_anew_after_an_acknowledgement(self) -> None:
+        relay, backlog = FakeRelay(self, refuse, refuse, acknowledge, refuse), self.backlog(1)
+        self.deliver(backlog, relay.address)
+        relay.next_arrived(1)
+        self.add(backlog, 2)
+        relay.next_arrived(1)
+        self.assertEqual([self.pauses.get(timeout=PATIENCE_SECONDS) for _ in range(3)], [1, 2, 1])
+
+    def test_closing_delivers_what_is_left(self) -> None:
+        """Through as many streams as it takes, and from the middle of a pause."""
+        relay = FakeRelay(self, refuse)
+        with mock.patch.object(agent, 'backoff_seconds', lambda failures: self.pauses.put(failures) or 1000):
+            backlog = self.backlog(*range(60))
+            sender = self.deliver(backlog, relay.address)
+            self.pauses.get(timeout=PATIENCE_SECONDS)
+            self.assertEqual(self.drain(backlog, sender), 0)
+        self.assertEqual([metrics.timestamp for metrics in relay.next_arrived(60)], list(range(60)))
+
+    def test_closing_makes_one_attempt_that_may_fail(self) -> None:
+        relay = FakeRelay(self, usual=refuse)
+        with mock.patch.object(agent, 'backoff_seconds', lambda failures: self.pauses.put(failures) or 1000):
+            backlog = self.backlog(1, 2)
+            sender = self.deliver(backlog, relay.address)
+            self.pauses.get(timeout=PATIENCE_SECONDS)
+            self.assertEqual(self.drain(backlog, sender), 2)
+        self.assertEqual(relay.next_streams(2), [[], []])
+        self.assertTrue(relay.streams.empty())
+
+    def test_closing_during_an_attempt_that_fails_makes_another(self) -> None:
+        relay, backlog = FakeRelay(self), self.backlog(1)
+
+        def fail_late(messages: Iterator[wire.Metrics], context: grpc.ServicerContext) -> Iterator[bytes]:
+            backlog.closing.wait(PATIENCE_SECONDS)
+            return refuse(messages, context)
+
+        relay.script.append(fail_late)
+        self.assertEqual(self.drain(backlog, self.deliver(backlog, relay.address)), 0)
+
+    def test_closing_gives_up_on_a_relay_that_hangs(self) -> None:
+        """Nothing is begun after that: the sending thread has ended."""
+        relay, backlog = FakeRelay(self), self.backlog(1)
+        relay.usual = relay.hold
+        sender = self.deliver(backlog, relay.address)
+        relay.next_arrived(1)
+        self.assertEqual(agent.close_backlog(backlog, sender, 0.2), 1)
+        self.assertFalse(sender.is_alive())
+
+    def test_closing_an_empty_backlog_ends_the_sender(self) -> None:
+        backlog = self.backlog()
+        self.assertEqual(self.drain(backlog, self.deliver(backlog, '127.0.0.1:1')), 0)
+
+
+class BackoffTest(unittest.TestCase):
+    def test_pauses_grow_up_to_a_bound_with_full_jitter(self) -> None:
+        for failures in (1, 2, 3, 5, 8, 100, 10**6):
+            with self.subTest(failures=failures):
+                longest = min(agent.BACKOFF_LONGEST_SECONDS, agent.BACKOFF_FIRST_SECONDS * 2 ** min(failures - 1, 20))
+                pauses = [agent.backoff_seconds(failures) for _ in range(500)]
+                self.assertTrue(0 <= min(pauses) < longest / 10)
+                self.assertTrue(longest * 0.4 < max(pauses) <= longest)
+
+
+# --- main loop
+
+class MainLoopTest(ServerTest):
+    def setUp(self) -> None:
+        super().setUp()
+        self.runtime = FakeRuntime(self, self.socket)
+
+    def start_loop(self, *arguments: str, **settings: Any) -> subprocess.Popen:
+        return self.start_agent('--cri-socket', self.socket, '--main-loop-duration', '0.1', *arguments, **settings)
+
+    def wait_for_cycles(self, count: int) -> None:
+        while count:
+            count -= self.runtime.asked_queue.get(timeout=PATIENCE_SECONDS) == 'ListPodSandbox'
+
+    def test_ticks_stay_on_their_grid_and_late_ones_are_skipped(self) -> None:
+        for start, interval, now, expected in (
+                (100, 5, 100, 105), (100, 5, 104.9, 105), (100, 5, 105, 110), (100, 5, 117, 120), (0.5, 0.25, 0.6, 0.75)):
+            with self.subTest(now=now):
+                self.assertEqual(agent.next_tick(start, interval, now), expected)
+
+    def test_snapshots_follow_their_interval(self) -> None:
+        relay = FakeRelay(self)
+        process = self.start_agent('--cri-socket', self.socket, '--main-loop-duration', '0.2', '--relay-address', relay.address)
+        relay.next_arrived(1)
+        start = time.monotonic()
+        relay.next_arrived(5)
+        self.assertTrue(0.7 < time.monotonic() - start < 2)
+        self.assertIsNone(process.poll())
+
+    def test_without_a_relay_snapshots_are_lines_of_json(self) -> None:
+        process = self.start_loop()
+        for _ in range(3):
+            snapshot = json.loads(process.stdout.readline())
+            self.assertEqual((snapshot['node_metrics']['hostname'], snapshot['pod_metrics'][0]['id']), ('node', 'pod'))
+        process.send_signal(signal.SIGTERM)
+        _, troubles = self.troubles(process)
+        self.assertEqual((process.returncode, [line for line in troubles if 'Traceback' in line]), (0, []))
+
+    def test_a_reader_that_leaves_ends_it_quietly(self) -> None:
+        process = self.start_loop()
+        process.stdout.readline()
+        process.stdout.close()
+        self.assertEqual(process.wait(PATIENCE_SECONDS), 1)
+        self.assertEqual([line for line in process.stderr.read().splitlines() if ' INFO ' not in line and 'root:' not in line
+                          and 'cpu' not in line], [])
+
+    def test_a_relay_is_served_without_stdout(self) -> None:
+        relay = FakeRelay(self)
+        self.start_loop('--relay-address', relay.address, prefix=('sh', '-c', 'exec "$@" >&-', 'sh'))
+        self.assertEqual(relay.next_arrived(1)[0].node_metrics.hostname, 'node')
+
+    def test_a_full_disk_behind_stdout_costs_snapshots_and_no_connections(self) -> None:
+        with open('/dev/full', 'w', encoding='utf-8') as full:
+            self.start_loop(stdout=full)
+            self.wait_for_cycles(4)
+        self.assertEqual(self.runtime.asked.count('Version'), 1)
+
+    def test_a_signal_ends_it_after_everything_is_delivered(self) -> None:
+        """The relay holds the first stream back until after the signal: what has gathered behind it is delivered then."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with self.subTest(number):
+                self.runtime.asked.clear()
+                relay = FakeRelay(self)
+                relay.script.append(relay.hold)
+                process = self.start_loop('--relay-address', relay.address)
+                relay.next_arrived(1)
+                self.wait_for_cycles(5)
+                process.send_signal(number)
+                with self.assertRaises(subprocess.TimeoutExpired):
+                    process.wait(0.5)
+                relay.release()
+                self.assertEqual(process.wait(PATIENCE_SECONDS), 0)
+                sent = sum(relay.next_streams(2), [])
+                self.assertEqual(len(sent), self.runtime.asked.count('ListPodSandbox'))
+                self.assertEqual(sent, sorted(sent))
+
+    def test_a_relay_that_hangs_delays_neither_collection_nor_for_long_the_end(self) -> None:
+        relay = FakeRelay(self)
+        relay.usual = relay.hold
+        process, other = (self.start_loop('--relay-address', relay.address) for _ in range(2))
+        relay.next_arrived(2)
+        self.wait_for_cycles(10)
+        start = time.monotonic()
+        for running in (process, other):
+            running.send_signal(signal.SIGTERM)
+        with self.assertRaises(subprocess.TimeoutExpired):
+            other.wait(0.5)
+        other.send_signal(signal.SIGTERM)
+        self.assertEqual(other.wait(2), -signal.SIGTERM)
+        self.assertEqual(process.wait(PATIENCE_SECONDS), 0)
+        self.assertLess(time.monotonic() - start, 5 + 2)
+        self.assertIn('were not acknowledged', self.troubles(process)[1][-1])
+
+    def test_once_tells_by_its_exit_code_whether_the_relay_has_acknowledged(self) -> None:
+        """Silent when it has; one line when it has not, be it refused, down, or the snapshot too large for any relay."""
+        relays = [FakeRelay(self), FakeRelay(self, usual=refuse), FakeRelay(self, usual=end_without_answer), FakeRelay(self)]
+        huge = f'{self.directory}/run/huge.sock'
+        FakeRuntime(self, huge, ListPodSandbox=cri.ListPodSandboxResponse(items=[sandbox('x' * (5 << 20))]))
+        with contextlib.closing(socket.socket()) as silent:
+            silent.bind(('127.0.0.1', 0))
+            cases = [(relays[0].address, self.socket, 0, None), (relays[1].address, self.socket, 1, 'PERMISSION_DENIED: not you'),
+                     ('127.0.0.1:{1}'.format(*silent.getsockname()), self.socket, 1, 'UNAVAILABLE'),
+                     (relays[3].address, huge, 1, 'exceed')]
+            processes = [self.start_agent('--once', '--cri-socket', path, '--relay-address', address)
+                         for address, path, _, _ in cases]
+            for process, (_, _, code, expected) in zip(processes, cases):
+                with self.subTest(expected=expected):
+                    out, troubles = self.troubles(process)
+                    self.assertEqual((out, process.returncode, len(troubles)), ('', code, 1 if expected else 0), troubles)
+                    self.assertIn(expected or '', ''.join(troubles))
+        self.assertEqual(len(relays[0].next_arrived(1)[0].pod_metrics), 1)
+
+    def test_once_gives_up_on_a_relay_that_hangs(self) -> None:
+        relay = FakeRelay(self)
+        relay.usual = relay.hold
+        options = agent.parse_options(['--once', '--cri-socket', self.socket, '--relay-address', relay.address], {})
+        with mock.patch.multiple(agent, ONCE_PAUSE_SECONDS=0, ONCE_DELIVERY_SECONDS=0.5), \
+                self.assertLogs('kubensage-agent', 'WARNING'):
+            start = time.monotonic()
+            self.assertEqual(agent.run_once(self.roots({}), options), 1)
+            self.assertLess(time.monotonic() - start, 5)
+
+    def test_once_without_a_relay_shows_one_snapshot_with_rates(self) -> None:
+        self.runtime.answers['ListContainerStats'] = [list_stats(stats('app', 10**9, 0)), list_stats(stats('app', 2 * 10**9, 6))]
+        out, _ = self.troubles(self.start_agent('--once', '--cri-socket', self.socket))
+        snapshot, = map(json.loads, out.splitlines())
+        cpu = snapshot['pod_metrics'][0]['container_metrics'][0]['cpu_metrics']
+        self.assertEqual(int(cpu['usage_nano_cores']), 6)
+
+
+# --- a real runtime
+
+RUNTIME_TOOLS = ('containerd', 'containerd-shim-runc-v2', 'runc', 'ctr', 'gcc', 'unshare', 'setpriv')
+IMAGE = 'localhost/kubensage-test:1'
+MIB = 1 << 20
+
+# What runs in the containers, and as their pause: `load pause`, `load spin PERCENT` of one CPU, `load alloc MIB`,
+# `load write MIB` into the writable layer, `load cache MIB` (written to a file on disk), `load exit CODE`.
+LOAD_C = r'''
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+static double seconds(clockid_t clock) {
+    struct timespec now;
+    clock_gettime(clock, &now);
+    return now.tv_sec + now.tv_nsec / 1e9;
+}
+
+int main(int argc, char **argv) {
+    const char *mode = argc > 1 ? argv[1] : "pause";
+    long number = argc > 2 ? atol(argv[2]) : 0;
+    if (!strcmp(mode, "exit")) return number;
+    if (!strcmp(mode, "alloc")) memset(malloc(number << 20), 1, number << 20);
+    if (!strcmp(mode, "write") || !strcmp(mode, "cache")) {
+        int file = creat(*mode == 'w' ? "/written" : "/etc/hosts", 0600);
+        char *block = calloc(1, 1 << 20);
+        while (number-- > 0) if (write(file, block, 1 << 20) < 0) return 1;
+        close(file);
+    }
+    if (!strcmp(mode, "spin"))
+        for (double start = seconds(CLOCK_MONOTONIC); ;)
+            if (seconds(CLOCK_PROCESS_CPUTIME_ID) > (seconds(CLOCK_MONOTONIC) - start) * number / 100) usleep(10000);
+    for (;;) pause();
+}
+'''
+
+# containerd as the init of its own PID namespace, with its own mounts: when it is killed, the kernel ends its shims and
+# containers with it, and forgets the mounts; setpriv and unshare have it killed should this process be killed.
+# The tmpfs makes overlayfs work wherever the directory is; the sandboxes' files, /etc/hosts among them, stay on disk,
+# since only a file on disk has pages that are not in the working set. /run: shims put their sockets into /run/containerd,
+# whatever `state` says. mounts/proc is the outer /proc, for an agent that is to see the pods' mounts (nsenter --mount).
+CONTAINERD = ('setpriv', '--pdeathsig', 'KILL', 'unshare', '--mount', '--pid', '--fork', '--kill-child', 'sh', '-euc', '''
+mount -t tmpfs tmpfs "$0/mounts"
+mkdir -p "$0/mounts/proc" "$0/mounts/root/io.containerd.grpc.v1.cri/sandboxes"
+mount --bind "$0/sandboxes" "$0/mounts/root/io.containerd.grpc.v1.cri/sandboxes"
+mount --bind /proc "$0/mounts/proc"
+mount -t proc proc /proc
+mkdir "$0/mounts/upper" "$0/mounts/work"
+mount -t overlay -o "lowerdir=/run,upperdir=$0/mounts/upper,workdir=$0/mounts/work" overlay /run
+exec containerd --config "$0/config.toml"
+''')
+
+# restrict_oom_score_adj: without CAP_SYS_RESOURCE runc dies on the negative value of a sandbox. opt, conf_dir: containerd
+# would make /opt/containerd and /etc/cni/net.d. Layers are measured every stats_collect_period.
+CONTAINERD_CONFIG = '''
+version = 2
+root = "{directory}/mounts/root"
+state = "{directory}/mounts/state"
+disabled_plugins = ["io.containerd.snapshotter.v1.aufs", "io.containerd.snapshotter.v1.btrfs",
+                    "io.containerd.snapshotter.v1.devmapper", "io.containerd.snapshotter.v1.zfs"]
+[grpc]
+  address = "{directory}/containerd.sock"
+[plugins."io.containerd.internal.v1.opt"]
+  path = "{directory}/mounts/opt"
+[plugins."io.containerd.grpc.v1.cri"]
+  sandbox_image = "{image}"
+  restrict_oom_score_adj = true
+  disable_apparmor = true
+  stats_collect_period = 1
+  [plugins."io.containerd.grpc.v1.cri".cni]
+    conf_dir = "{directory}/mounts/cni"
+  [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
+    runtime_type = "io.containerd.runc.v2"
+    [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc.options]
+      Root = "{directory}/mounts/runc"
+'''
+
+
+class Load(NamedTuple):
+    """A container to be made: the arguments of its program, and whether it is started."""
+    name: str
+    arguments: Tuple[str, ...] = ('pause',)
+    attempt: int = 0
+    started: bool = True
+
+
+class Pod(NamedTuple):
+    """A pod that was made; its containers' ids by their names."""
+    id: str
+    metadata: cri.PodSandboxMetadata
+    containers: Dict[str, str]
+
+
+class RealRuntime(NamedTuple):
+    directory: str
+    socket: str
+    pid: int
+    channel: grpc.Channel
+    # Below each controller of cgroup v1; below the mount point with v2.
+    cgroup: str
+
+
+def why_no_runtime() -> Optional[str]:
+    """The reason to skip."""
+    missing = [tool for tool in RUNTIME_TOOLS if not shutil.which(tool)]
+    if missing:
+        return f'not installed: {", ".join(missing)}'
+    if os.geteuid() != 0:
+        return 'not root'
+    allowed = subprocess.run(['unshare', '--mount', '--pid', '--fork', 'true'], stderr=subprocess.PIPE, text=True)
+    return allowed.stderr.strip() or None
+
+
+def wait_for(what: str, condition: Callable[[], Any], seconds: float = 15) -> Any:
+    """The first true value of condition; it is asked again until then."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.02)
+    raise TimeoutError(f'{what}: not within {seconds} s')
+
+
+def add_file(archive: tarfile.TarFile, name: str, data: bytes, mode: int = 0o644) -> None:
+    header = tarfile.TarInfo(name)
+    header.size, header.mode = len(data), mode
+    archive.addfile(header, io.BytesIO(data))
+
+
+def build_tar(files: Sequence[Tuple[str, bytes, int]]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode='w') as archive:
+        for name, data, mode in files:
+            add_file(archive, name, data, mode)
+    return buffer.getvalue()
+
+
+def build_image(program: bytes) -> bytes:
+    """The archive `docker save` would write for an image of one file."""
+    architecture = {'x86_64': 'amd64', 'aarch64': 'arm64'}.get(os.uname().machine, os.uname().machine)
+    layer = build_tar([('load', program, 0o755)])
+    config = json.dumps({'architecture': architecture, 'os': 'linux', 'config': {'Entrypoint': ['/load']}, 'rootfs': {
+        'type': 'layers', 'diff_ids': [f'sha256:{hashlib.sha256(layer).hexdigest()}']}}).encode()
+    manifest = json.dumps([{'Config': 'config.json', 'RepoTags': [IMAGE], 'Layers': ['layer.tar']}]).encode()
+    return build_tar([('manifest.json', manifest, 0o644), ('config.json', config, 0o644), ('layer.tar', layer, 0o644)])
+
+
+def import_image(runtime: RealRuntime) -> None:
+    """Build it, hand it to containerd, and wait until the CRI plugin, which hears of it by an event, has it too."""
+    program, archive = f'{runtime.directory}/load', f'{runtime.directory}/image.tar'
+    subprocess.run(['gcc', '-static', '-x', 'c', '-o', program, '-'], input=LOAD_C, text=True, check=True)
+    with open(program, 'rb') as source, open(archive, 'wb') as target:
+        target.write(build_image(source.read()))
+    subprocess.run(['ctr', '-a', runtime.socket, '-n', 'k8s.io', 'images', 'import', archive], stdout=subprocess.DEVNULL,
+                   check=True)
+    list_images = runtime.channel.unary_unary('/runtime.v1.ImageService/ListImages')
+    wait_for('image in the CRI plugin', lambda: IMAGE.encode() in list_images(b'', timeout=10))
+
+
+def call_runtime(runtime: RealRuntime, method: str, **fields: Any) -> Any:
+    """`ListContainers` with the fields of ListContainersRequest gives a ListContainersResponse."""
+    request, answer = getattr(cri, f'{method}Request'), getattr(cri, f'{method}Response')
+    return runtime.channel.unary_unary(
+        f'/runtime.v1.RuntimeService/{method}', request_serializer=request.SerializeToString,
+        response_deserializer=answer.FromString)(request(**fields), timeout=60)
+
+
+def make_container(runtime: RealRuntime, sandbox_id: str, sandbox: cri.PodSandboxConfig, load: Load) -> str:
+    config = cri.ContainerConfig(
+        metadata=cri.ContainerMetadata(name=load.name, attempt=load.attempt), image=cri.ImageSpec(image=IMAGE),
+        args=load.arguments, labels={**sandbox.labels, 'io.kubernetes.container.name': load.name},
+        annotations={'io.kubernetes.container.restartCount': str(load.attempt)})
+    container_id = call_runtime(runtime, 'CreateContainer', pod_sandbox_id=sandbox_id, config=config,
+                                sandbox_config=sandbox).container_id
+    if load.started:
+        call_runtime(runtime, 'StartContainer', container_id=container_id)
+    return container_id
+
+
+def make_pod(runtime: RealRuntime, namespace: str, name: str, loads: Sequence[Load], attempt: int = 0) -> Pod:
+    """A pod as the kubelet makes it, but in the host's network, which needs no CNI plugin."""
+    uid = str(uuid.uuid5(uuid.NAMESPACE_DNS, f'{name}.{namespace}'))
+    metadata = cri.PodSandboxMetadata(name=name, uid=uid, namespace=namespace, attempt=attempt)
+    options = cri.NamespaceOption(network=cri.NODE, pid=cri.CONTAINER, ipc=cri.POD)
+    config = cri.PodSandboxConfig(
+        metadata=metadata, labels={'io.kubernetes.pod.name': name, 'io.kubernetes.pod.namespace': namespace,
+                                   'io.kubernetes.pod.uid': uid},
+        annotations={'kubernetes.io/config.source': 'api'},
+        linux=cri.LinuxPodSandboxConfig(cgroup_parent=f'/{runtime.cgroup}', security_context=cri.LinuxSandboxSecurityContext(
+            namespace_options=options)))
+    sandbox_id = call_runtime(runtime, 'RunPodSandbox', config=config).pod_sandbox_id
+    return Pod(sandbox_id, metadata, {load.name: make_container(runtime, sandbox_id, config, load) for load in loads})
+
+
+def child_pid(process: subprocess.Popen) -> int:
+    """The process that unshare has started and waits for. ProcessLookupError: there is none."""
+    if process.poll() is None:
+        with open(f'/proc/{process.pid}/task/{process.pid}/children') as children:
+            for pid in children.read().split():
+                return int(pid)
+    raise ProcessLookupError('containerd has ended')
+
+
+def end_containerd(process: subprocess.Popen) -> None:
+    """Kill the init of the namespace, which is gone once all that ran below it is gone, and unshare after it."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(child_pid(process), signal.SIGKILL)
+        process.wait(30)
+    process.kill()
+    process.wait(30)
+
+
+def remove_cgroups(name: str) -> None:
+    for top in glob.glob(f'/sys/fs/cgroup/{name}') + glob.glob(f'/sys/fs/cgroup/*/{name}'):
+        for directory, _, _ in os.walk(top, topdown=False):
+            with contextlib.suppress(FileNotFoundError):
+                os.rmdir(directory)
+
+
+def leftovers(mark: str) -> List[str]:
+    """Processes and mounts that mention the mark, which is in a runtime's directory and in its cgroup; and its cgroups."""
+    found = glob.glob(f'/sys/fs/cgroup/{mark}') + glob.glob(f'/sys/fs/cgroup/*/{mark}')
+    for path in glob.glob('/proc/[0-9]*/cmdline') + glob.glob('/proc/[0-9]*/cgroup') + glob.glob('/proc/[0-9]*/mountinfo'):
+        with contextlib.suppress(OSError):
+            with open(path, errors='replace') as file:
+                found += [path] if mark in file.read() else []
+    return found
+
+
+@contextlib.contextmanager
+def real_runtime() -> Iterator[RealRuntime]:
+    """A containerd of our own with an image and no pods; nothing of it is left afterwards."""
+    with contextlib.ExitStack() as stack:
+        directory = stack.enter_context(tempfile.TemporaryDirectory(prefix='kubensage-'))
+        cgroup = os.path.basename(directory)
+        os.mkdir(f'{directory}/mounts')
+        os.mkdir(f'{directory}/sandboxes')
+        with open(f'{directory}/config.toml', 'w') as config:
+            config.write(CONTAINERD_CONFIG.format(directory=directory, image=IMAGE))
+        log = stack.enter_context(open(f'{directory}/containerd.log', 'w+'))
+        stack.callback(remove_cgroups, cgroup)
+        process = subprocess.Popen([*CONTAINERD, directory], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        stack.callback(end_containerd, process)
+        socket = f'{directory}/containerd.sock'
+        try:
+            wait_for('socket of containerd', lambda: os.path.exists(socket) or process.poll() is not None)
+            channel = stack.enter_context(grpc.insecure_channel(f'unix:{socket}', agent.CRI_CHANNEL_OPTIONS))
+            runtime = RealRuntime(directory, socket, child_pid(process), channel, cgroup)
+            channel.unary_unary('/runtime.v1.RuntimeService/Version')(b'', timeout=15, wait_for_ready=True)
+            import_image(runtime)
+        except Exception:
+            log.seek(0)
+            sys.stderr.write(log.read())
+            raise
+        yield runtime
+
+
+# --- the agent on the real runtime
+
+class Cgroup(NamedTuple):
+    """What the kernel says of one container."""
+    usage_ns: int
+    memory_bytes: int
+    working_set_bytes: int
+    rss_bytes: int
+    page_faults: int
+    major_page_faults: int
+
+
+def read_cgroup_file(cgroup: str, v1: str, v2: str) -> str:
+    """cpuacct.usage below any controller of v1 ("cpu,cpuacct" is one on most machines), or cpu.stat of v2."""
+    with open((glob.glob(f'/sys/fs/cgroup/*/{cgroup}/{v1}') + [f'/sys/fs/cgroup/{cgroup}/{v2}'])[0]) as file:
+        return file.read()
+
+
+def read_cgroup(cgroup: str) -> Cgroup:
+    cpu = read_cgroup_file(cgroup, 'cpuacct.usage', 'cpu.stat').split()
+    memory = int(read_cgroup_file(cgroup, 'memory.usage_in_bytes', 'memory.current'))
+    stat = dict(line.split() for line in read_cgroup_file(cgroup, 'memory.stat', 'memory.stat').splitlines())
+    inactive, rss, faults, major = (int(stat.get(f'total_{v1}', stat.get(v2, 0))) for v1, v2 in (
+        ('inactive_file', 'inactive_file'), ('rss', 'anon'), ('pgfault', 'pgfault'), ('pgmajfault', 'pgmajfault')))
+    return Cgroup(int(cpu[0]) if len(cpu) == 1 else int(cpu[1]) * 1000, memory, memory - inactive, rss, faults, major)
+
+
+def agent_command(runtime: RealRuntime, *arguments: str) -> List[str]:
+    return [sys.executable, agent.__file__, '--output', 'json', '--cri-socket', runtime.socket, *arguments]
+
+
+def run_agent_once(runtime: RealRuntime) -> wire.Metrics:
+    run = subprocess.run(agent_command(runtime, '--once'), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                         check=True, timeout=30)
+    if run.stderr:
+        raise AssertionError(run.stderr)
+    return json_format.Parse(run.stdout, wire.Metrics())
+
+
+def containers_by_id(metrics: wire.Metrics) -> Dict[str, wire.ContainerMetrics]:
+    return {container.id: container for pod in metrics.pod_metrics for container in pod.container_metrics}
+
+
+def set_cgroup_fields(container: wire.ContainerMetrics) -> Cgroup:
+    cpu, memory = container.cpu_metrics, container.memory_metrics
+    return Cgroup(cpu.usage_core_nano_seconds.value, memory.usage_bytes.value, memory.working_set_bytes.value,
+                  memory.rss_bytes.value, memory.page_faults.value, memory.major_page_faults.value)
+
+
+class AgentLoop:
+    """The agent as a process with a cycle of one second; its snapshots are read as they come."""
+
+    def __init__(self, runtime: RealRuntime):
+        self.stderr = tempfile.TemporaryFile('w+')
+        self.process = subprocess.Popen(agent_command(runtime, '--main-loop-duration', '1'), text=True,
+                                        stdout=subprocess.PIPE, stderr=self.stderr)
+        self.queue: 'queue.Queue[Tuple[float, str]]' = queue.Queue()
+        self.reader = threading.Thread(target=self.read)
+        self.reader.start()
+
+    def read(self) -> None:
+        for line in self.process.stdout:
+            self.queue.put((time.monotonic(), line))
+
+    def next_line(self) -> Tuple[float, wire.Metrics]:
+        """The next snapshot, with the instant of the monotonic clock at which it came."""
+        instant, line = self.queue.get(timeout=10)
+        return instant, json_format.Parse(line, wire.Metrics())
+
+    def next_lines(self, number: int) -> List[Tuple[float, wire.Metrics]]:
+        return [self.next_line() for _ in range(number)]
+
+    def log(self) -> str:
+        self.stderr.seek(0)
+        return self.stderr.read()
+
+    def close(self) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(10)
+        finally:
+            self.process.kill()
+            self.reader.join(10)
+            self.process.stdout.close()
+            self.stderr.close()
+
+
+class RealRuntimeTest(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        reason = why_no_runtime()
+        if reason:
+            raise unittest.SkipTest(reason)
+        stack = contextlib.ExitStack()
+        cls.addClassCleanup(stack.close)
+        cls.runtime = stack.enter_context(real_runtime())
+        wanted = (
+            ('default', 'web', (Load('half', ('spin', '50')), Load('memory', ('alloc', '20'))), 1),
+            ('batch', 'job', (Load('failed', ('exit', '3'), attempt=2), Load('side', ('cache', '2'))), 0),
+            ('default', 'fresh', (Load('waiting', started=False),), 0),
+            ('kube-system', 'store', (Load('writer', ('write', '3')),), 0),
+            ('default', 'web', (Load('half', attempt=7),), 0),
+        )
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            cls.pods = list(pool.map(lambda pod: make_pod(cls.runtime, *pod), wanted))
+        # The sandbox of the web pod before it was made anew.
+        call_runtime(cls.runtime, 'StopPodSandbox', pod_sandbox_id=cls.pods.pop().id)
+        wait_for('exit', lambda: [container for container in call_runtime(cls.runtime, 'ListContainers').containers if
+                                  container.metadata.name == 'failed' and container.state == cri.CONTAINER_EXITED])
+        cls.ids = {name: container for pod in cls.pods for name, container in pod.containers.items()}
+
+    def compare_with_cgroups(self, *names: str) -> None:
+        """Containers at rest: every number is the kernel's. What moved between two readings is read again."""
+        for _ in range(5):
+            before = {name: read_cgroup(f'{self.runtime.cgroup}/{self.ids[name]}') for name in names}
+            containers = containers_by_id(run_agent_once(self.runtime))
+            if before == {name: read_cgroup(f'{self.runtime.cgroup}/{self.ids[name]}') for name in names}:
+                break
+        self.assertEqual({name: set_cgroup_fields(containers[self.ids[name]]) for name in names}, before)
+
+    def test_pods_and_containers(self):
+        """All READY pods with what they were made with, in the agent's order; the stopped sandbox is not one of them."""
+        start = time.time_ns()
+        pods = run_agent_once(self.runtime).pod_metrics
+        expected = sorted(self.pods, key=lambda pod: (pod.metadata.namespace, pod.metadata.name))
+        self.assertEqual(
+            [(pod.id, pod.namespace, pod.name, pod.uid, pod.attempt, pod.state) for pod in pods],
+            [(pod.id, pod.metadata.namespace, pod.metadata.name, pod.metadata.uid, pod.metadata.attempt, 'SANDBOX_READY')
+             for pod in expected])
+        self.assertEqual(
+            [[(container.id, container.name) for container in pod.container_metrics] for pod in pods],
+            [[(container, name) for name, container in pod.containers.items()] for pod in expected])
+        states = {container.name: (container.state, container.attempt, container.image)
+                  for pod in pods for container in pod.container_metrics}
+        self.assertEqual(states, {
+            'half': ('CONTAINER_RUNNING', 0, IMAGE), 'memory': ('CONTAINER_RUNNING', 0, IMAGE),
+            'failed': ('CONTAINER_EXITED', 2, IMAGE), 'side': ('CONTAINER_RUNNING', 0, IMAGE),
+            'waiting': ('CONTAINER_CREATED', 0, IMAGE), 'writer': ('CONTAINER_RUNNING', 0, IMAGE)})
+        for pod in pods:
+            for container in pod.container_metrics:
+                self.assertTrue(start - 60 * 10**9 < pod.created_at < container.created_at < start)
+
+    def test_containers_at_rest_equal_their_cgroups(self):
+        self.compare_with_cgroups('memory', 'side', 'writer')
+
+    def test_memory_of_20_mib(self):
+        memory = containers_by_id(run_agent_once(self.runtime))[self.ids['memory']].memory_metrics
+        for field in ('usage_bytes', 'working_set_bytes', 'rss_bytes'):
+            self.assertTrue(20 * MIB <= getattr(memory, field).value < 24 * MIB, f'{field}: {memory}')
+
+    def test_half_a_cpu(self):
+        """The first rate comes from the runtime or is absent, the others are the difference of the agent's two samples."""
+        cgroup = f'{self.runtime.cgroup}/{self.ids["half"]}'
+        loop = AgentLoop(self.runtime)
+        self.addCleanup(loop.close)
+        samples, kernel, before, start = [], [], read_cgroup(cgroup), time.time_ns()
+        for _ in range(4):
+            metrics = loop.next_line()[1]
+            after, end = read_cgroup(cgroup), time.time_ns()
+            cpu = containers_by_id(metrics)[self.ids['half']].cpu_metrics
+            usage, instant = cpu.usage_core_nano_seconds.value, cpu.timestamp
+            self.assertTrue(before.usage_ns <= usage <= after.usage_ns, (before.usage_ns, usage, after.usage_ns))
+            self.assertTrue(start <= instant <= end, (start, instant, end))
+            samples.append((instant, usage, cpu.usage_nano_cores.value))
+            kernel.append((end, after.usage_ns))
+            before, start = after, instant
+            # A second poller, which spoils the rate that containerd itself computes.
+            call_runtime(self.runtime, 'ListContainerStats')
+        for (instant, usage, _), (later, more, rate) in zip(samples, samples[1:]):
+            self.assertEqual(rate, (more - usage) * 10**9 // (later - instant))
+        mean = sum(rate for _, _, rate in samples[1:]) / 3
+        self.assertAlmostEqual(mean, (kernel[-1][1] - kernel[0][1]) * 1e9 / (kernel[-1][0] - kernel[0][0]), delta=50e6)
+        # On a crowded machine the container does not get its half.
+        self.assertAlmostEqual(mean, 500e6, delta=50e6 if os.getloadavg()[0] < os.cpu_count() else 400e6)
+
+    def test_not_running_have_no_cpu_and_no_memory(self):
+        containers = containers_by_id(run_agent_once(self.runtime))
+        known = {name: (containers[number].HasField('cpu_metrics'), containers[number].HasField('memory_metrics'))
+                 for name, number in self.ids.items()}
+        running, not_running = (True, True), (False, False)
+        self.assertEqual(known, {'half': running, 'memory': running, 'side': running, 'writer': running,
+                                 'failed': not_running, 'waiting': not_running})
+
+    def test_writable_layer_of_3_mib(self):
+        """containerd measures layers in the background, here once a second; the directory is the snapshotter's."""
+        def measured() -> List[wire.FileSystemMetrics]:
+            layers = [containers_by_id(run_agent_once(self.runtime))[self.ids[name]] for name in ('writer', 'failed')]
+            return all(layer.HasField('file_system_metrics') for layer in layers) and [
+                layer.file_system_metrics for layer in layers]
+        full, empty = wait_for('writable layer', measured)
+        self.assertTrue(3 * MIB <= full.used_bytes.value < 3 * MIB + 65536, full)
+        self.assertTrue(empty.used_bytes.value < 65536, empty)
+        self.assertEqual(full.mountpoint, f'{self.runtime.directory}/mounts/root/io.containerd.snapshotter.v1.overlayfs')
+        # The file, the directory, and the mount points runc makes for /dev, /etc, /proc and /sys.
+        self.assertEqual(full.inodes_used.value, empty.inodes_used.value + 1)
+        self.assertTrue(abs(full.timestamp - time.time_ns()) < 10 * 10**9)
+
+    def test_stopped_containerd(self):
+        """The node's snapshots keep their pace without pods; the pods are back by the second cycle after."""
+        loop = AgentLoop(self.runtime)
+        self.addCleanup(loop.close)
+        self.addCleanup(os.kill, self.runtime.pid, signal.SIGCONT)
+        self.assertEqual([len(metrics.pod_metrics) for _, metrics in loop.next_lines(2)], [4, 4])
+        os.kill(self.runtime.pid, signal.SIGSTOP)
+        stopped = loop.next_lines(4)[1:]
+        os.kill(self.runtime.pid, signal.SIGCONT)
+        again = loop.next_lines(3)[1:]
+        for (instant, metrics), (later, _) in zip(stopped, stopped[1:]):
+            self.assertAlmostEqual(later - instant, 1, delta=0.3)
+        self.assertEqual([len(metrics.pod_metrics) for _, metrics in stopped], [0, 0, 0])
+        self.assertTrue(all(metrics.node_metrics.HasField('total_memory') for _, metrics in stopped))
+        self.assertEqual([len(metrics.pod_metrics) for _, metrics in again], [4, 4])
+        for _, metrics in again:
+            self.assertTrue(containers_by_id(metrics)[self.ids['half']].cpu_metrics.HasField('usage_nano_cores'))
+        loop.process.terminate()
+        self.assertEqual(loop.process.wait(10), 0)
+        self.assertEqual(loop.log().count('WARNING container runtime:'), 1, loop.log())
+        self.assertEqual(loop.log().count('container runtime: well again'), 1, loop.log())
+
+    def test_nothing_stays_behind(self):
+        """What real_runtime starts ends with it, also when what it is used for fails."""
+        with self.assertRaises(ZeroDivisionError), real_runtime() as runtime:
+            make_pod(runtime, 'default', 'short', (Load('running'), Load('waiting', started=False)))
+            self.assertTrue(leftovers(runtime.cgroup))
+            raise ZeroDivisionError
+        self.assertEqual(leftovers(runtime.cgroup), [])
+        self.assertFalse(os.path.exists(runtime.directory))
+
+
+if __name__ == '__main__':
+    unittest.main()
