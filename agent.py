@@ -88,7 +88,7 @@ Row = TypeVar('Row')
 # do not import from a zip, so what this interpreter needs is unpacked once, into CACHE/NAME-SUFFIX.
 ARCHIVE_NAME = 'kubensage-agent.pyz'
 ROOT_CACHE = '/var/cache/kubensage-agent'
-# Lines of `sha256 path` for every file of an unpacked tree but this one.
+# Of every file of an unpacked tree but this one.
 MANIFEST = 'MANIFEST'
 UNPACKING = '.unpacking-'
 
@@ -106,6 +106,13 @@ def extension_suffix() -> str:
     return importlib.machinery.EXTENSION_SUFFIXES[0]
 
 
+class ManifestEntry(NamedTuple):
+    sha256: str
+    size: int
+    inode: int
+    ctime_ns: int
+
+
 def find_archive() -> Optional[str]:
     """The archive that this module was loaded from; in a checkout without grpcio, the one that was built in it."""
     archive = getattr(globals().get('__loader__'), 'archive', None)
@@ -116,7 +123,10 @@ def find_archive() -> Optional[str]:
 
 
 def read_member(archive: str, name: str) -> bytes:
-    return zipimport.zipimporter(archive).get_data(os.path.join(archive, name))
+    try:
+        return zipimport.zipimporter(archive).get_data(os.path.join(archive, name))
+    except (OSError, ImportError):
+        raise BundleError(f'{archive} is damaged: its {name} cannot be read') from None
 
 
 def parse_targets(text: str) -> Dict[str, str]:
@@ -127,9 +137,16 @@ def parse_targets(text: str) -> Dict[str, str]:
     return dict(line.split() for line in text.splitlines())
 
 
-def parse_manifest(text: str) -> Dict[str, str]:
-    """Path, relative to the tree, to the sha256 of each file."""
-    return {path: digest for digest, path in (line.split(' ', 1) for line in text.splitlines())}
+def parse_manifest(text: str) -> Dict[str, ManifestEntry]:
+    """By path, relative to the tree, the file that was unpacked.
+
+    e45f4f646209f0b4c775357f622a91009bcb8d578cf6b09dc131c2bc789d62b3 4123 1048602 1795450003000000000 grpc/__init__.py
+    """
+    entries = {}
+    for line in text.splitlines():
+        digest, size, inode, ctime_ns, path = line.split(' ', 4)
+        entries[path] = ManifestEntry(digest, int(size), int(inode), int(ctime_ns))
+    return entries
 
 
 def cache_directory(environment: Mapping[str, str]) -> Optional[str]:
@@ -161,43 +178,56 @@ def check_path(path: str) -> None:
     """check_component of every directory from / to path."""
     while True:
         check_component(path, os.lstat(path))
-        if path == '/':
+        if path == os.path.dirname(path):   # '/', or the '//' that POSIX tells from it
             return
         path = os.path.dirname(path)
 
 
-def read_tree(tree: str) -> Dict[str, str]:
-    """The sha256 of every file of a tree, by relative path. UnsafePath where one could be exchanged."""
-    digests = {}
-    for directory, names, files in os.walk(tree):
-        for name in names + files:
+def read_tree(tree: str) -> Dict[str, os.stat_result]:
+    """Every file of a tree, by relative path. UnsafePath where one could be exchanged."""
+    files = {}
+    for directory, names, file_names in os.walk(tree):
+        for name in names + file_names:
             path = os.path.join(directory, name)
-            check_component(path, os.lstat(path))
-        for name in files:
-            path = os.path.join(directory, name)
-            with open(path, 'rb', buffering=0) as file:
-                digests[path[len(tree) + 1:]] = hashlib.sha256(file.read()).hexdigest()
-    return digests
+            status = os.lstat(path)
+            check_component(path, status)
+            if stat.S_ISREG(status.st_mode):
+                files[path[len(tree) + 1:]] = status
+    return files
+
+
+def file_digest(path: str) -> str:
+    with open(path, 'rb', buffering=0) as file:
+        return hashlib.sha256(file.read()).hexdigest()
+
+
+def is_unchanged(path: str, status: os.stat_result, entry: ManifestEntry) -> bool:
+    """Whether a file is the one that was unpacked. Nobody can set its inode's time of change: while that is the same, the
+    content is. Hashing all 21 MB at each start would take 20 ms, this takes 3."""
+    if (status.st_size, status.st_ino, status.st_ctime_ns) == entry[1:]:
+        return True
+    return status.st_size == entry.size and file_digest(path) == entry.sha256
 
 
 def is_intact(tree: str) -> bool:
     """Whether a tree holds the files that were unpacked into it, unchanged, and no others."""
     try:
         check_component(tree, os.lstat(tree))
-        digests = read_tree(tree)
+        files = read_tree(tree)
+        del files[MANIFEST]
         with open(os.path.join(tree, MANIFEST), encoding='utf-8') as file:
             manifest = parse_manifest(file.read())
-    except (OSError, ValueError, UnsafePath):
+        return files.keys() == manifest.keys() and all(
+            is_unchanged(os.path.join(tree, path), status, manifest[path]) for path, status in files.items())
+    except (OSError, ValueError, KeyError, UnsafePath):
         return False
-    digests.pop(MANIFEST)
-    return digests == manifest
 
 
 def member_path(member: tarfile.TarInfo, suffix: str) -> Optional[str]:
     """Where a member of the tar belongs in the tree; None for one that this interpreter has no use for."""
     name = member.name
     if name.startswith('/') or '..' in name.split('/') or not (member.isreg() or member.isdir()):
-        raise BundleError(f'the archive is not to be trusted: it has a member {name!r} (type {member.type.decode()})')
+        raise BundleError(f'the archive is not to be trusted: it has a member {name!r} (type {member.type!r})')
     wanted = name.endswith(('.py', '.pem', '.abi3.so', suffix)) or '.dist-info/' in name
     return os.path.normpath(name) if wanted and member.isreg() else None
 
@@ -208,21 +238,25 @@ def unpack(packed: bytes, suffix: str, tree: str) -> None:
     import lzma
     import tarfile
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    with tarfile.open(fileobj=lzma.open(io.BytesIO(packed)), mode='r|') as tar:
-        for member in tar:
-            path = member_path(member, suffix)
-            if path is None:
-                continue
-            os.makedirs(os.path.dirname(os.path.join(tree, path)), mode=0o700, exist_ok=True)
-            with open(os.open(os.path.join(tree, path), flags, 0o600), 'wb') as file:
-                shutil.copyfileobj(tar.extractfile(member), file)
-            if path.endswith(suffix):
-                return
+    try:
+        with tarfile.open(fileobj=lzma.open(io.BytesIO(packed)), mode='r|') as tar:
+            for member in tar:
+                path = member_path(member, suffix)
+                if path is None:
+                    continue
+                os.makedirs(os.path.dirname(os.path.join(tree, path)), mode=0o700, exist_ok=True)
+                with open(os.open(os.path.join(tree, path), flags, 0o600), 'wb') as file:
+                    shutil.copyfileobj(tar.extractfile(member), file)
+                if path.endswith(suffix):
+                    return
+    except (lzma.LZMAError, tarfile.TarError, EOFError) as error:
+        raise BundleError(f'the archive is damaged: {error}') from None
     raise BundleError(f'the archive is damaged: it holds no module *{suffix}, which its bundle.txt promises')
 
 
 def write_manifest(tree: str) -> None:
-    lines = [f'{digest} {path}\n' for path, digest in sorted(read_tree(tree).items())]
+    lines = [f'{file_digest(os.path.join(tree, path))} {status.st_size} {status.st_ino} {status.st_ctime_ns} {path}\n'
+             for path, status in sorted(read_tree(tree).items())]
     with open(os.path.join(tree, MANIFEST), 'x', encoding='utf-8') as file:
         file.writelines(lines)
 
@@ -233,11 +267,15 @@ def install_tree(archive: str, member: str, suffix: str, tree: str) -> None:
     import py_compile
     import tempfile
     cache = os.path.dirname(tree)
+    packed = read_member(archive, member)
+    # The name is that of the content: xz's own check stands after what is decompressed here.
+    if hashlib.sha256(packed).hexdigest()[:16] != member.partition('.')[0].rpartition('-')[2]:
+        raise BundleError(f'{archive} is damaged: its {member} has another content than was packed')
     fresh = tempfile.mkdtemp(prefix=UNPACKING, dir=cache)
     try:
-        unpack(read_member(archive, member), suffix, fresh)
+        unpack(packed, suffix, fresh)
         # The manifest vouches for the byte code, so that no run compares it with its source, or writes it.
-        compileall.compile_dir(fresh, quiet=2, stripdir=fresh, prependdir=tree,
+        compileall.compile_dir(fresh, quiet=2, stripdir=fresh, prependdir=tree, optimize=0,
                                invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
         write_manifest(fresh)
         if os.path.lexists(tree):
@@ -269,15 +307,19 @@ def outdated_trees(last_used: Mapping[str, float], present: str) -> List[str]:
 
 
 def clean_cache(cache: str, present: str) -> None:
-    """Remove what killed runs left behind, and outdated trees that no running agent holds. The caller has the lock."""
-    names = os.listdir(cache)
-    last_used = {name: os.lstat(os.path.join(cache, name)).st_mtime for name in names if '.cpython-' in name}
+    """Remove outdated trees that no running agent holds. The caller has the lock."""
+    trees = [entry for entry in os.scandir(cache) if '.cpython-' in entry.name and entry.is_dir(follow_symlinks=False)]
+    last_used = {entry.name: entry.stat().st_mtime for entry in trees}
     for name in outdated_trees(last_used, present):
         descriptor = lock_directory(os.path.join(cache, name), fcntl.LOCK_EX | fcntl.LOCK_NB)
         if descriptor is not None:
             shutil.rmtree(os.path.join(cache, name), ignore_errors=True)
             os.close(descriptor)
-    for name in names:
+
+
+def clean_leftovers(cache: str) -> None:
+    """Remove what killed runs were unpacking, and trees that were replaced. The caller has the lock."""
+    for name in os.listdir(cache):
         if name.startswith(UNPACKING):
             shutil.rmtree(os.path.join(cache, name), ignore_errors=True)
 
@@ -307,9 +349,13 @@ def ready_tree(archive: str, member: str, suffix: str, cache: str) -> str:
     lock = lock_directory(cache, fcntl.LOCK_EX)
     try:
         if not hold_tree(tree):
+            # Before, for its room; after, for a tree that was replaced.
+            clean_leftovers(cache)
             install_tree(archive, member, suffix, tree)
+            clean_leftovers(cache)
             clean_cache(cache, os.path.basename(tree))
-            hold_tree(tree)
+            if not hold_tree(tree):
+                raise BundleError(f'{tree} is not what was just unpacked there (KUBENSAGE_CACHE=DIR names another directory)')
     finally:
         os.close(lock)
     return tree
@@ -333,7 +379,7 @@ def find_tree(archive: str, member: str, suffix: str, environment: Mapping[str, 
                 return ready_tree(archive, member, suffix, cache)
             reason = 'no HOME'
         except OSError as error:
-            if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+            if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR):
                 raise
             reason = f'{cache} cannot be written ({error.strerror})'
         cache = temporary_cache(reason)
@@ -346,7 +392,10 @@ def find_tree(archive: str, member: str, suffix: str, environment: Mapping[str, 
 
 def bundle_member(archive: str, suffix: str) -> Optional[str]:
     """The member for this interpreter; None where grpcio is installed instead. BundleError where there is neither."""
-    targets = parse_targets(read_member(archive, 'bundle.txt').decode())
+    try:
+        targets = parse_targets(read_member(archive, 'bundle.txt').decode())
+    except ValueError:
+        raise BundleError(f'{archive} is damaged: its bundle.txt is malformed') from None
     if suffix in targets or importlib.util.find_spec('grpc'):
         return targets.get(suffix)
     raise BundleError(f'no grpcio for {suffix[1:-3]}: {os.path.basename(archive)} has it for '
@@ -359,6 +408,8 @@ def use_bundle(environment: Mapping[str, str]) -> None:
     archive, suffix = find_archive(), extension_suffix()
     if archive is None:
         return
+    # PYTHONPYCACHEPREFIX: byte code from elsewhere than the tree is not what the manifest vouches for.
+    sys.pycache_prefix = None
     mask = os.umask(0o077)
     try:
         member = bundle_member(archive, suffix)

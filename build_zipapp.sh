@@ -66,7 +66,7 @@ pack() {
 stage() {
   local arch=$1 selected key name target
   selected=$(wheels "$arch" "${2:-}")
-  key=$(echo "$selected" | cat - "$0" | sha256sum | cut -c1-16)
+  key=$(echo "$selected" | cat - build_zipapp.sh | sha256sum | cut -c1-16)
   [ -e "$BUILD/bundle-$key.tar.xz" ] || pack "$key" <<<"$selected"
   name=$arch-$(sha256sum <"$BUILD/bundle-$key.tar.xz" | cut -c1-16).tar.xz
   cp "$BUILD/bundle-$key.tar.xz" "$BUILD/stage/$name"
@@ -97,7 +97,13 @@ for pid in "${pids[@]}"; do wait "$pid" || fail 'packing failed'; done
 for arch in $arches; do cat "$BUILD/bundle-$arch.txt"; done >"$BUILD/stage/bundle.txt"
 cp agent.py cri_pb2.py kubensage_pb2.py "$BUILD/stage/"
 chmod 644 "$BUILD"/stage/*
+# As zipapp -m writes it, which would give it the time of day; and zipapp takes the files in the order of the directory.
+printf 'import agent\nagent.run_archive()\n' >"$BUILD/stage/__main__.py"
+chmod 644 "$BUILD"/stage/*
 TZ=UTC touch -d 1980-01-01T00:00:00 "$BUILD"/stage/*
-TZ=UTC python3 -m zipapp "$BUILD/stage" -m agent:run_archive -p '/usr/bin/env python3' -o "$BUILD/kubensage-agent.pyz"
+rm -f "$BUILD/kubensage-agent.zip"
+(cd "$BUILD/stage" && LC_ALL=C && TZ=UTC python3 -m zipfile -c ../kubensage-agent.zip *)
+{ echo '#!/usr/bin/env python3'; cat "$BUILD/kubensage-agent.zip"; } >"$BUILD/kubensage-agent.pyz"
+chmod 755 "$BUILD/kubensage-agent.pyz"
 mv "$BUILD/kubensage-agent.pyz" .
 echo "kubensage-agent.pyz: $(wc -c <kubensage-agent.pyz) bytes, $(wc -l <"$BUILD/stage/bundle.txt") targets"

@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import argparse
 import collections
+import compileall
 import concurrent.futures
 import contextlib
 import errno
+import fcntl
 import glob
 import gzip
 import hashlib
 import io
 import json
 import logging
+import lzma
 import math
 import os
+import py_compile
 import queue
 import random
 import re
@@ -35,6 +39,7 @@ import threading
 import time
 import unittest
 import uuid
+import zipfile
 from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 from unittest import mock
 
@@ -274,6 +279,698 @@ class AgentTest(unittest.TestCase):
 
 
 LIVE = agent.Roots('/proc', '/sys', '/')
+
+
+# --- the bundle
+
+HERE = os.path.dirname(os.path.abspath(agent.__file__))
+REAL_ARCHIVE = os.path.join(HERE, agent.ARCHIVE_NAME)
+SUFFIX = agent.extension_suffix()
+OTHER_SUFFIX = '.cpython-300-pdp11-linux-gnu.so'
+NOBODY = 65534
+# Ends the run as soon as it is imported, and tells what was found.
+FAKE_GRPC = 'import google\nprint(__file__, google.__file__, sep="\\n")\nraise SystemExit\n'
+# A tree is to hold these, and nothing else of the tar.
+WANTED = {
+    'google/__init__.py': '', 'google/_upb/_message.abi3.so': 'abi3',
+    'grpc/__init__.py': FAKE_GRPC, 'grpc/_cython/_credentials/roots.pem': 'roots', 'protobuf-6.dist-info/METADATA': '6',
+    'grpc/_cython/cygrpc' + SUFFIX: 'compiled',
+}
+BYTE_CODE = {f'{os.path.dirname(path)}/__pycache__/__init__.{sys.implementation.cache_tag}.pyc'
+             for path in WANTED if path.endswith('.py')}
+UNWANTED = {'grpc/_cython/cygrpc.pyx': 'source', 'grpc/_cython/cygrpc' + OTHER_SUFFIX: 'foreign'}
+# Imports first, so that runs that wait for the end of stdin go on as one.
+MAIN = ('import sys, argparse, concurrent.futures, logging.handlers, lzma, tarfile, tempfile, compileall\n'
+        'sys.stdin.read()\nimport agent\nagent.run()\n')
+
+
+def pack_tar(members):
+    """tar.xz of names and texts; a name may be a whole TarInfo."""
+    packed = io.BytesIO()
+    with lzma.open(packed, 'wb') as file, tarfile.open(fileobj=file, mode='w', format=tarfile.USTAR_FORMAT) as tar:
+        for member, text in members:
+            info = member if isinstance(member, tarfile.TarInfo) else tarfile.TarInfo(member)
+            info.size = len(text)
+            tar.addfile(info, io.BytesIO(text.encode('latin-1')))
+    return packed.getvalue()
+
+
+def tar_member(name, **fields):
+    info = tarfile.TarInfo(name)
+    for field, value in fields.items():
+        setattr(info, field, value)
+    return info
+
+
+PACKED = pack_tar([*UNWANTED.items(), *WANTED.items(), ('too/late.py', 'after the module of this interpreter')])
+
+
+def read_binary(path):
+    with open(path, 'rb') as file:
+        return file.read()
+
+
+def write_file(path, text):
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, 'w') as file:
+        file.write(text)
+
+
+def files_of(directory):
+    """Every file below, by relative path, with what would tell that it was written again."""
+    found = {}
+    for parent, _, names in os.walk(directory):
+        for path in (os.path.join(parent, name) for name in names):
+            status = os.lstat(path)
+            found[os.path.relpath(path, directory)] = (status.st_ino, status.st_size, status.st_mtime_ns)
+    return found
+
+
+@contextlib.contextmanager
+def as_nobody():
+    """As somebody who is not root: where we are root, as user 65534."""
+    if os.geteuid():
+        yield
+        return
+    os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+needs_root = unittest.skipIf(os.geteuid(), 'needs root')
+
+
+class BundleCase(unittest.TestCase):
+    """An archive of the real agent.py with a bundle that a few bytes make up, and an empty cache."""
+
+    def setUp(self):
+        temporary = tempfile.TemporaryDirectory()
+        self.addCleanup(temporary.cleanup)
+        self.directory = os.path.realpath(temporary.name)
+        self.cache = os.path.join(self.directory, 'cache')
+        self.archive, self.member = self.build_archive(PACKED)
+        self.tree = self.tree_of(self.member)
+
+    @classmethod
+    def setUpClass(cls):
+        with tempfile.TemporaryDirectory() as directory:
+            compiled = py_compile.compile(os.path.join(HERE, 'agent.py'), os.path.join(directory, 'agent.pyc'), doraise=True,
+                                          invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
+            cls.compiled_agent = read_binary(compiled)
+
+    def build_archive(self, packed, bundle=None, name=None):
+        digest = hashlib.sha256(packed).hexdigest()[:16]
+        member, path = f'x86_64-{digest}.tar.xz', os.path.join(self.directory, name or f'{digest}.pyz')
+        with zipfile.ZipFile(path, 'w') as archive:
+            for entry, data in {'__main__.py': MAIN, 'agent.pyc': self.compiled_agent, 'cri_pb2.py': '', 'kubensage_pb2.py': '',
+                                'bundle.txt': f'{SUFFIX} {member}\n' if bundle is None else bundle, member: packed}.items():
+                if data != 'absent':
+                    archive.writestr(entry, data)
+        return path, member
+
+    def tree_of(self, member):
+        return os.path.join(self.cache, member.partition('.')[0] + SUFFIX[:-len('.so')])
+
+    def environment(self, **more):
+        return {'PATH': os.environ['PATH'], 'KUBENSAGE_CACHE': self.cache, **more}
+
+    def start(self, *options, archive=None, cwd=None, umask=-1, **environment):
+        return subprocess.run([sys.executable, *options, archive or self.archive], env=self.environment(**environment), umask=umask,
+                              cwd=cwd or self.directory, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=15)
+
+    def ready(self):
+        return agent.ready_tree(self.archive, self.member, SUFFIX, self.cache)
+
+    def assert_runs(self, result, tree=None):
+        tree = tree or self.tree
+        self.assertEqual((result.stdout.split(), result.stderr, result.returncode),
+                         ([f'{tree}/grpc/__init__.py', f'{tree}/google/__init__.py'], '', 0))
+
+    def assert_one_line(self, result, pattern):
+        self.assertRegex(result.stderr, rf'\Akubensage-agent: .*(?:{pattern}).*\n\Z')
+        self.assertEqual((result.stdout, result.returncode), ('', 1))
+
+    def assert_refused(self, pattern, archive=None, member=None):
+        with self.assertRaisesRegex(agent.BundleError, pattern):
+            agent.find_tree(archive or self.archive, member or self.member, SUFFIX, {'KUBENSAGE_CACHE': self.cache})
+
+    def mount(self, options):
+        """A tmpfs as the cache."""
+        os.mkdir(self.cache)
+        command = ['mount', '-t', 'tmpfs', '-o', options, 'tmpfs', self.cache]
+        if os.geteuid() or not shutil.which('mount') or subprocess.run(command, stderr=subprocess.DEVNULL).returncode:
+            self.skipTest('needs a mount(2) that is permitted')
+        self.addCleanup(subprocess.run, ['umount', '-l', self.cache], check=True)
+
+
+class CachePlace(BundleCase):
+    def test_cache_is_where_the_environment_says(self):
+        for expected, environment in [
+                ('/c', {'KUBENSAGE_CACHE': '/c', 'XDG_CACHE_HOME': '/x', 'HOME': '/h'}),
+                (os.path.abspath('c'), {'KUBENSAGE_CACHE': 'c'}),
+                ('/c', {'KUBENSAGE_CACHE': '/b/../c/'}),
+                ('/x/kubensage-agent', {'XDG_CACHE_HOME': '/x', 'HOME': '/h'}),
+                ('/h/.cache/kubensage-agent', {'KUBENSAGE_CACHE': '', 'XDG_CACHE_HOME': '', 'HOME': '/h/'}),
+                (None, {'HOME': ''}),
+                (None, {})]:
+            with self.subTest(environment), as_nobody():
+                self.assertEqual(agent.cache_directory(environment), expected)
+
+    @needs_root
+    def test_cache_of_root_is_not_below_a_home(self):
+        self.assertEqual(agent.cache_directory({'XDG_CACHE_HOME': '/x', 'HOME': '/h'}), '/var/cache/kubensage-agent')
+        self.assertEqual(agent.cache_directory({'KUBENSAGE_CACHE': '/c', 'HOME': '/h'}), '/c')
+
+    def test_unwritable_cache_gives_way_to_a_temporary_one_with_one_warning(self):
+        temporary = os.path.join(self.directory, 'tmp')
+        os.mkdir(temporary)
+        result = self.start(KUBENSAGE_CACHE='/sys/kubensage-agent', TMPDIR=temporary)
+        self.assertRegex(result.stdout, rf'\A{temporary}/kubensage-agent-\w+/x86_64-')
+        self.assertRegex(result.stderr, rf'\Akubensage-agent: /sys/kubensage-agent .*{temporary}/kubensage-agent-.*KUBENSAGE_CACHE.*\n\Z')
+        self.assertEqual((result.returncode, os.listdir(temporary)), (0, []))
+
+    def test_user_without_home_gets_a_temporary_cache(self):
+        os.chmod(self.directory, 0o755)
+        self.addCleanup(setattr, tempfile, 'tempdir', tempfile.tempdir)
+        tempfile.tempdir = os.path.join(self.directory, 'tmp')
+        os.mkdir(tempfile.tempdir, 0o755)
+        if not os.geteuid():
+            os.chown(tempfile.tempdir, NOBODY, NOBODY)
+        for environment in {}, {'HOME': '/dev/null'}, {'HOME': '/sys'}, {'HOME': '', 'XDG_CACHE_HOME': '/sys/x'}:
+            with self.subTest(environment), as_nobody(), contextlib.redirect_stderr(io.StringIO()) as stderr:
+                tree = agent.find_tree(self.archive, self.member, SUFFIX, environment)
+                self.assertEqual(os.path.dirname(os.path.dirname(tree)), tempfile.tempdir)
+                self.assertEqual(stat.S_IMODE(os.stat(os.path.dirname(tree)).st_mode), 0o700)
+                self.assertRegex(stderr.getvalue(), r'\Akubensage-agent: .*for this run alone.*\n\Z')
+
+    def test_path_may_be_written_in_odd_ways(self):
+        for written, cwd in (f'/{self.cache}', '/'), (f'{self.cache}//', '/'), ('cache', self.directory), ('./x/../cache', self.directory):
+            with self.subTest(written):
+                result = self.start(KUBENSAGE_CACHE=written, cwd=cwd)
+                result.stdout = result.stdout.replace('//', '/')
+                self.assert_runs(result)
+
+    def test_archive_may_lie_anywhere(self):
+        odd = os.path.join(self.directory, "a %20%s 'b\u00e9")
+        os.mkdir(odd)
+        shutil.copy(self.archive, f'{odd}/agent.pyz')
+        os.symlink(odd, f'{self.directory}/link')
+        for archive, cwd in ('agent.pyz', odd), (f'{odd}/agent.pyz', '/'), ('link/agent.pyz', self.directory), ('../link/agent.pyz', odd):
+            with self.subTest(archive):
+                self.assert_runs(self.start(archive=archive, cwd=cwd))
+
+    def test_only_what_this_interpreter_needs_is_unpacked(self):
+        self.assertEqual(self.ready(), self.tree)
+        self.assertEqual(set(files_of(self.tree)), {*WANTED, *BYTE_CODE, agent.MANIFEST})
+        for path, text in WANTED.items():
+            self.assertEqual(read_binary(f'{self.tree}/{path}').decode(), text)
+
+    def test_nobody_else_may_enter_whatever_the_umask(self):
+        for umask in 0, 0o022, 0o777:
+            with self.subTest(oct(umask)):
+                self.cache = os.path.join(self.directory, oct(umask), 'new', 'cache')
+                self.assert_runs(self.start(umask=umask), self.tree_of(self.member))
+                for parent, names, files in os.walk(os.path.join(self.directory, oct(umask))):
+                    self.assertEqual(stat.S_IMODE(os.stat(parent).st_mode), 0o700, parent)
+                    for name in files:
+                        self.assertEqual(stat.S_IMODE(os.stat(os.path.join(parent, name)).st_mode), 0o600, name)
+
+
+class CacheRaces(BundleCase):
+    def slow_archive(self, lines):
+        """One that takes a while to unpack, and its tree: a module of many lines is compiled."""
+        slow = '\n'.join(f'x{number} = [{number}, "a"]' for number in range(lines))
+        archive, member = self.build_archive(pack_tar([('grpc/slow.py', slow), *WANTED.items()]))
+        return archive, self.tree_of(member)
+
+    def test_ten_starts_at_once_all_succeed(self):
+        self.archive, self.tree = self.slow_archive(4000)
+        for before in 'absent', 'changed':
+            with self.subTest(tree=before):
+                if before == 'changed':
+                    write_file(f'{self.tree}/grpc/__init__.py', 'raise RuntimeError')
+                runs = [subprocess.Popen([sys.executable, self.archive], env=self.environment(), text=True, stdin=subprocess.PIPE,
+                                         stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(10)]
+                for run in runs:
+                    run.stdin.close()
+                expected = (f'{self.tree}/grpc/__init__.py\n{self.tree}/google/__init__.py\n', '', 0)
+                seen = []
+                for run in runs:
+                    with run:
+                        seen.append((run.stdout.read(), run.stderr.read(), run.wait()))
+                self.assertEqual(seen, [expected] * 10)
+                self.assertEqual(os.listdir(self.cache), [os.path.basename(self.tree)])
+                self.assertTrue(agent.is_intact(self.tree))
+
+    def test_start_killed_while_unpacking_is_made_good_by_the_next(self):
+        self.archive, self.tree = self.slow_archive(20000)
+        run = subprocess.Popen([sys.executable, self.archive], env=self.environment(), stdin=subprocess.DEVNULL)
+        while run.poll() is None and not glob.glob(f'{self.cache}/{agent.UNPACKING}*/grpc'):
+            pass
+        run.send_signal(signal.SIGKILL)
+        self.assertEqual(run.wait(), -signal.SIGKILL)
+        self.assertRegex(' '.join(os.listdir(self.cache)), rf'\A{agent.UNPACKING}\S+\Z')
+        self.assert_runs(self.start())
+        self.assertEqual(os.listdir(self.cache), [os.path.basename(self.tree)])
+
+    def test_leftovers_do_not_keep_the_next_start_from_its_room(self):
+        self.mount('size=1m,mode=0700')
+        write_file(f'{self.cache}/{agent.UNPACKING}killed/half', 'x' * 900_000)
+        self.archive, self.member = self.build_archive(pack_tar([('grpc/big.pem', 'x' * 500_000), *WANTED.items()]))
+        self.assert_runs(self.start(), self.tree_of(self.member))
+
+    def test_later_runs_write_nothing(self):
+        self.assert_runs(self.start())
+        before = files_of(self.cache)
+        for options, environment in [((), {}), (('-I',), {}), (('-B',), {}), (('-O',), {}), (('-S', '-E'), {}), (('-s', '-OO'), {}),
+                                     ((), {'PYTHONPYCACHEPREFIX': f'{self.directory}/prefix'}), ((), {'PYTHONSAFEPATH': '1'})]:
+            with self.subTest(options=options, environment=environment):
+                self.assert_runs(self.start(*options, **environment))
+                self.assertEqual(files_of(self.cache), before)
+                self.assertFalse(os.path.exists(f'{self.directory}/prefix{self.cache}'))
+
+    def test_byte_code_is_in_the_tree_whatever_the_options_of_the_first_run(self):
+        for options, environment in [(('-B',), {}), (('-O',), {}), ((), {'PYTHONDONTWRITEBYTECODE': '1'}),
+                                     ((), {'PYTHONPYCACHEPREFIX': f'{self.directory}/prefix'})]:
+            with self.subTest(options=options, environment=environment):
+                shutil.rmtree(self.cache, ignore_errors=True)
+                self.assert_runs(self.start(*options, **environment))
+                self.assertLessEqual(BYTE_CODE, set(files_of(self.tree)))
+                self.assertFalse(os.path.exists(f'{self.directory}/prefix{self.directory}'))
+
+    def test_the_present_version_and_the_one_before_stay(self):
+        trees = {}
+        for version in '1213':
+            archive, member = self.build_archive(pack_tar([('version-1.dist-info/RECORD', version), *WANTED.items()]))
+            trees[version] = self.tree_of(member)
+            self.assert_runs(self.start(archive=archive), trees[version])
+        self.assertEqual(sorted(os.listdir(self.cache)), sorted(os.path.basename(trees[version]) for version in '13'))
+
+    def test_outdated_are_all_but_two_versions_by_last_use(self):
+        used = {'a-1.cpython-39-x': 1, 'a-1.cpython-311-x': 6, 'a-2.cpython-39-x': 2, 'a-3.cpython-39-x': 3, 'a-4.cpython-39-x': 4}
+        for present, expected in [('a-4.cpython-39-x', ['a-2.cpython-39-x', 'a-3.cpython-39-x']),
+                                  ('a-1.cpython-39-x', ['a-2.cpython-39-x', 'a-3.cpython-39-x'])]:
+            self.assertEqual(agent.outdated_trees(used, present), expected)
+        self.assertEqual(agent.outdated_trees({'a-4.cpython-39-x': 1}, 'a-4.cpython-39-x'), [])
+
+    def test_outdated_tree_goes_once_no_process_holds_it(self):
+        for number, name in enumerate(('a-1.cpython-39-x', 'a-2.cpython-39-x', 'a-3.cpython-39-x', 'a-4.cpython-39-x', 'foreign')):
+            write_file(f'{self.cache}/{name}/file', '')
+            os.utime(f'{self.cache}/{name}', (number, number))
+        holder = agent.lock_directory(f'{self.cache}/a-1.cpython-39-x', fcntl.LOCK_SH)
+        agent.clean_cache(self.cache, 'a-4.cpython-39-x')
+        self.assertEqual(sorted(os.listdir(self.cache)), ['a-1.cpython-39-x', 'a-3.cpython-39-x', 'a-4.cpython-39-x', 'foreign'])
+        os.close(holder)
+        agent.clean_cache(self.cache, 'a-4.cpython-39-x')
+        self.assertEqual(sorted(os.listdir(self.cache)), ['a-3.cpython-39-x', 'a-4.cpython-39-x', 'foreign'])
+
+    def test_running_process_holds_its_tree(self):
+        self.assertTrue(agent.hold_tree(self.ready()))
+        self.assertIsNone(agent.lock_directory(self.tree, fcntl.LOCK_EX | fcntl.LOCK_NB))
+
+    def test_stray_files_in_the_cache_are_no_trouble(self):
+        write_file(f'{self.cache}/a-1.cpython-39-x', 'a file')
+        os.symlink('/', f'{self.cache}/a-2.cpython-39-x')
+        write_file(f'{self.cache}/{agent.UNPACKING}file', 'a file')
+        self.assert_runs(self.start())
+
+
+class CacheAttacks(BundleCase):
+    def setUp(self):
+        super().setUp()
+        self.marker = os.path.join(self.directory, 'marker')
+        self.evil = f'open({self.marker!r}, "w")\n{FAKE_GRPC}'
+
+    def assert_not_imported(self):
+        self.assertFalse(os.path.exists(self.marker), 'code that is not from the archive was run')
+
+    def test_path_that_others_could_exchange_ends_the_run(self):
+        parent, real = os.path.join(self.directory, 'parent'), os.path.join(self.directory, 'real')
+        cache = self.cache = os.path.join(parent, 'cache')
+        attacks = {
+            'is writable by others': [lambda: os.chmod(parent, 0o777), lambda: os.chmod(parent, 0o775), lambda: os.chmod(cache, 0o707)],
+            'is a symbolic link': [lambda: (os.rename(parent, real), os.symlink(real, parent)),
+                                   lambda: (os.rename(cache, real), os.symlink(real, cache))],
+            'belongs to user 65534': [lambda: os.chown(cache, NOBODY, NOBODY), lambda: os.chown(parent, NOBODY, 0)],
+        }
+        for pattern, deeds in attacks.items():
+            for number, attack in enumerate(deeds):
+                with self.subTest(pattern, number=number):
+                    shutil.rmtree(real, ignore_errors=True)
+                    if os.path.islink(parent):
+                        os.remove(parent)
+                    shutil.rmtree(parent, ignore_errors=True)
+                    os.makedirs(cache)
+                    if os.geteuid() and pattern.startswith('belongs'):
+                        self.skipTest('needs root')
+                    # Even an intact tree in such a place is not used.
+                    self.assert_runs(self.start(), self.tree_of(self.member))
+                    attack()
+                    self.assert_one_line(self.start(), pattern)
+
+    def test_cache_below_a_sticky_directory_is_fine(self):
+        os.mkdir(f'{self.directory}/sticky')
+        os.chmod(f'{self.directory}/sticky', 0o1777)
+        self.cache = f'{self.directory}/sticky/cache'
+        self.assertTrue(agent.is_intact(self.ready()))
+
+    def test_cache_that_is_no_directory_ends_the_run(self):
+        write_file(self.cache, '')
+        self.assert_one_line(self.start(), 'cannot unpack into .*cache')
+
+    def test_tree_that_was_touched_is_replaced_and_never_imported(self):
+        compiled, pyc = 'grpc/_cython/cygrpc' + SUFFIX, next(path for path in BYTE_CODE if path.startswith('grpc'))
+
+        def compile_evil():
+            write_file(f'{self.directory}/evil.py', self.evil)
+            py_compile.compile(f'{self.directory}/evil.py', f'{self.tree}/{pyc}',
+                               invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
+
+        def as_symlink():
+            os.rename(self.tree, f'{self.directory}/elsewhere')
+            os.symlink(f'{self.directory}/elsewhere', self.tree)
+
+        def as_file():
+            shutil.rmtree(self.tree)
+            write_file(self.tree, '')
+
+        def exchange(name, make, *arguments):
+            os.remove(f'{self.tree}/{name}')
+            make(*arguments, f'{self.tree}/{name}')
+
+        write_file(f'{self.directory}/evil/__init__.py', self.evil)
+        attacks = {
+            'byte of the compiled module': lambda: write_file(f'{self.tree}/{compiled}', 'Compiled'),
+            'byte code': compile_evil,
+            'source': lambda: write_file(f'{self.tree}/grpc/__init__.py', self.evil),
+            'extra .pth': lambda: write_file(f'{self.tree}/evil.pth', f'import sys; {self.evil}'),
+            'extra .py': lambda: write_file(f'{self.tree}/grpc.py', self.evil),
+            'extra module of the standard library': lambda: write_file(f'{self.tree}/typing_extensions.py', self.evil),
+            'missing file': lambda: os.remove(f'{self.tree}/{compiled}'),
+            'missing manifest': lambda: os.remove(f'{self.tree}/{agent.MANIFEST}'),
+            'empty manifest': lambda: write_file(f'{self.tree}/{agent.MANIFEST}', ''),
+            'garbage manifest': lambda: write_file(f'{self.tree}/{agent.MANIFEST}', 'garbage\n'),
+            'FIFO': lambda: os.mkfifo(f'{self.tree}/fifo'),
+            'FIFO for a file': lambda: exchange('grpc/__init__.py', os.mkfifo),
+            'FIFO for the manifest': lambda: exchange(agent.MANIFEST, os.mkfifo),
+            'socket': lambda: self.addCleanup(listen(f'{self.tree}/socket').close),
+            'symbolic link for a file': lambda: exchange('google/__init__.py', os.symlink, f'{self.directory}/evil/__init__.py'),
+            'symbolic link to a directory': lambda: os.symlink(f'{self.directory}/evil', f'{self.tree}/evil'),
+            'file others may write': lambda: os.chmod(f'{self.tree}/{compiled}', 0o666),
+            'directory others may write': lambda: os.chmod(f'{self.tree}/grpc', 0o777),
+            'tree others may write': lambda: os.chmod(self.tree, 0o777),
+            'tree is a symbolic link': as_symlink,
+            'tree is a file': as_file,
+            'file of another user': lambda: os.chown(f'{self.tree}/{compiled}', NOBODY, 0),
+            'tree of another user': lambda: os.chown(self.tree, NOBODY, 0),
+        }
+        for name, attack in attacks.items():
+            with self.subTest(name):
+                if os.geteuid() and name.endswith('another user'):
+                    self.skipTest('needs root')
+                shutil.rmtree(f'{self.directory}/elsewhere', ignore_errors=True)
+                self.assertTrue(agent.is_intact(self.ready()))
+                attack()
+                self.assertFalse(agent.is_intact(self.tree))
+                self.assert_runs(self.start())
+                self.assert_not_imported()
+                self.assertEqual(os.listdir(self.cache), [os.path.basename(self.tree)])
+                self.assertTrue(agent.is_intact(self.tree))
+
+    def test_directory_left_over_from_an_unpacking_is_not_used(self):
+        for name in f'{agent.UNPACKING}x', os.path.basename(self.tree):
+            write_file(f'{self.cache}/{name}/grpc/__init__.py', self.evil)
+        self.assert_runs(self.start())
+        self.assert_not_imported()
+
+    def test_byte_code_of_another_cache_prefix_is_not_imported(self):
+        prefix = f'{self.directory}/prefix'
+        self.assert_runs(self.start(PYTHONPYCACHEPREFIX=prefix))
+        write_file(f'{self.directory}/evil.py', self.evil)
+        for name in 'grpc', 'google':
+            py_compile.compile(f'{self.directory}/evil.py', f'{prefix}{self.tree}/{name}/__init__.{sys.implementation.cache_tag}.pyc',
+                               invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
+        self.assert_runs(self.start(PYTHONPYCACHEPREFIX=prefix))
+        self.assert_not_imported()
+
+    def test_hostile_member_names_end_the_run(self):
+        for number, member in enumerate([
+                f'{self.directory}/outside.py', '../outside.py', '../../outside.py', 'grpc/../../../outside.py', '..',
+                tar_member('link.py', type=tarfile.SYMTYPE, linkname=self.directory),
+                tar_member('link.py', type=tarfile.LNKTYPE, linkname='grpc/__init__.py'),
+                tar_member('null.py', type=tarfile.CHRTYPE, devmajor=1, devminor=3), tar_member('disk.py', type=tarfile.BLKTYPE),
+                tar_member('fifo.py', type=tarfile.FIFOTYPE), tar_member('odd.py', type=b'\xfe')]):
+            with self.subTest(str(member), number=number):
+                archive, member = self.build_archive(pack_tar([(member, ''), *WANTED.items()]))
+                self.assert_refused('not to be trusted', archive, member)
+                self.assertEqual((os.listdir(self.cache), glob.glob(f'{self.directory}/out*')), ([], []))
+        self.assert_one_line(self.start(archive=archive), 'not to be trusted')
+
+    def test_member_named_twice_ends_the_run(self):
+        archive, _ = self.build_archive(pack_tar([('grpc/__init__.py', self.evil), *WANTED.items()]))
+        self.assert_one_line(self.start(archive=archive), '')
+        self.assertEqual(os.listdir(self.cache), [])
+
+    def test_grpc_that_lies_around_is_not_imported(self):
+        around, site = os.path.join(self.directory, 'around'), os.path.join(self.directory, 'site')
+        for place in around, site:
+            for name in 'grpc', 'google', 'google/protobuf', 'typing_extensions':
+                write_file(f'{place}/{name}/__init__.py', self.evil)
+        write_file(f'{site}/grpcio-9.9.9.dist-info/METADATA', 'Name: grpcio\nVersion: 9.9.9\n')
+        # What the .pth file of a namespace package does, before the agent starts.
+        write_file(f'{site}/google-nspkg.pth', 'import sys, types; sys.modules.update(google=types.ModuleType("google"), '
+                                               'grpc=types.ModuleType("grpc"), **{"google.protobuf": types.ModuleType("x")})\n')
+        write_file(f'{self.directory}/custom/sitecustomize.py', f'import site\nsite.addsitedir({site!r})\n')
+        for options, environment in [((), {}), ((), {'PYTHONPATH': around}), ((), {'PYTHONPATH': f':{around}:{self.directory}/custom'}),
+                                     (('-I',), {'PYTHONPATH': around})]:
+            with self.subTest(options=options, environment=environment):
+                self.assert_runs(self.start(*options, cwd=around, **environment))
+                self.assert_not_imported()
+
+
+class BundleTroubles(BundleCase):
+    def test_no_target_and_no_grpcio_is_one_line(self):
+        archive, _ = self.build_archive(PACKED, f'{OTHER_SUFFIX} a.tar.xz\n.cpython-301-vax-linux-gnu.so a.tar.xz\n', 'other.pyz')
+        self.assert_one_line(self.start('-I', '-S', archive=archive), f'{SUFFIX[1:-3]}: other.pyz has it for '
+                             'cpython-300-pdp11-linux-gnu, cpython-301-vax-linux-gnu; .*build_zipapp.sh --native')
+
+    def test_no_target_leaves_it_to_an_installed_grpcio(self):
+        archive, _ = self.build_archive(PACKED, f'{OTHER_SUFFIX} a.tar.xz\n')
+        for name in 'grpc', 'google':
+            write_file(f'{self.directory}/installed/{name}/__init__.py', WANTED[f'{name}/__init__.py'])
+        self.assert_runs(self.start(archive=archive, PYTHONPATH=f'{self.directory}/installed'), f'{self.directory}/installed')
+        self.assertFalse(os.path.exists(self.cache))
+
+    def test_damaged_archive_is_one_line_and_leaves_no_tree(self):
+        # xz stores what it cannot compress, and its check comes last: a flipped bit of the first noise is not noticed by it.
+        noise = b''.join(hashlib.sha256(bytes([number >> 8, number & 255])).digest() for number in range(6000)).decode('latin-1')
+        large = pack_tar([*list(WANTED.items())[:-1], ('grpc/_cython/cygrpc' + SUFFIX, noise), ('after' + OTHER_SUFFIX, noise)])
+        middle, member = len(large) // 3, f'x86_64-{hashlib.sha256(large).hexdigest()[:16]}.tar.xz'
+        self.ready()
+        for name, packed, bundle in [
+                ('flipped bit', large[:middle] + bytes([large[middle] ^ 1]) + large[middle + 1:], None),
+                ('truncated', large[:middle], None), ('empty', b'', None), ('no xz', b'not xz at all', None),
+                ('no tar', lzma.compress(b'not a tar at all' * 100), None), ('no module for it', pack_tar(UNWANTED.items()), None),
+                ('no such member', large, f'{SUFFIX} absent.tar.xz'), ('no bundle.txt', large, 'absent'),
+                ('bundle.txt is garbage', large, 'a b c\n'), ('bundle.txt is binary', large, b'\xff\xfe')]:
+            with self.subTest(name):
+                archive, _ = self.build_archive(packed, bundle or (f'{SUFFIX} {member}' if name == 'flipped bit' else None))
+                if name == 'flipped bit':
+                    with zipfile.ZipFile(archive, 'a') as file:
+                        file.writestr(member, packed)
+                self.assert_one_line(self.start('-I', '-S', archive=archive), 'damaged|not to be trusted|no bundle')
+                self.assertEqual(os.listdir(self.cache), [os.path.basename(self.tree)])
+
+    def test_full_disk_is_one_line(self):
+        self.mount('size=200k,mode=0700')
+        self.archive, _ = self.build_archive(pack_tar([('grpc/big.pem', 'x' * 1_000_000), *WANTED.items()]))
+        self.assert_one_line(self.start(), f'cannot unpack into {self.cache}: No space left on device')
+        self.assertEqual(os.listdir(self.cache), [])
+
+    def test_mount_without_exec_is_one_line(self):
+        self.mount('noexec,mode=0700')
+        self.assert_one_line(self.start(), f'{self.cache} is mounted noexec')
+
+    def test_cache_that_is_read_only_serves_if_it_is_intact(self):
+        self.mount('mode=0700')
+        self.assert_runs(self.start())
+        subprocess.run(['mount', '-o', 'remount,ro', self.cache], check=True)
+        self.assert_runs(self.start())
+        other, _ = self.build_archive(pack_tar([('other.pem', ''), *WANTED.items()]))
+        result = self.start(archive=other)
+        self.assertRegex(result.stderr, r'\Akubensage-agent: .*Read-only file system.*for this run alone.*\n\Z')
+
+    def test_parsers_take_what_the_writers_write(self):
+        self.assertEqual(agent.parse_targets('.cpython-39-x.so a-1.tar.xz\n.cpython-310-x.so a-1.tar.xz\n'),
+                         {'.cpython-39-x.so': 'a-1.tar.xz', '.cpython-310-x.so': 'a-1.tar.xz'})
+        self.assertEqual(agent.parse_manifest('12ab 1 2 3 grpc/a b.py\n34cd 4 5 6 x\n'), {'grpc/a b.py': ('12ab', 1, 2, 3), 'x': ('34cd', 4, 5, 6)})
+        self.ready()
+        with open(f'{self.tree}/{agent.MANIFEST}') as file:
+            manifest = agent.parse_manifest(file.read())
+        self.assertEqual({path: entry.sha256 for path, entry in manifest.items()}, {path: hashlib.sha256(read_binary(f'{self.tree}/{path}')).hexdigest()
+                                    for path in {*WANTED, *BYTE_CODE}})
+
+    def test_module_outside_an_archive_unpacks_nothing_if_grpcio_is_there(self):
+        with_grpcio = agent.importlib.util.find_spec('grpc') is not None
+        self.assertEqual(agent.find_archive(), None if with_grpcio else REAL_ARCHIVE)
+
+
+def listen(path):
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(path)
+    return server
+
+
+@unittest.skipUnless(os.path.exists(REAL_ARCHIVE), 'kubensage-agent.pyz has not been built: ./build_zipapp.sh')
+class RealArchive(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        directory = tempfile.TemporaryDirectory()
+        cls.addClassCleanup(directory.cleanup)
+        cls.cache, cls.home = os.path.join(directory.name, 'cache'), os.path.join(directory.name, 'home')
+        os.mkdir(cls.home)
+        with zipfile.ZipFile(REAL_ARCHIVE) as archive:
+            cls.targets = agent.parse_targets(archive.read('bundle.txt').decode())
+
+    def start(self, *arguments):
+        result = subprocess.run([sys.executable, *arguments], env={'PATH': os.environ['PATH'], 'KUBENSAGE_CACHE': self.cache,
+                                                                   'HOME': self.home}, capture_output=True, text=True, timeout=60)
+        self.assertEqual(result.returncode, 0, result.stderr)
+        return result.stdout
+
+    def test_archive_runs_with_this_interpreter(self):
+        for options in (), ('-I',):
+            with self.subTest(options):
+                self.assertEqual(self.start(*options, REAL_ARCHIVE, '--version'), f'kubensage-agent {agent.__version__}\n')
+                node = json.loads(self.start(*options, REAL_ARCHIVE, '--once', '--output', 'json'))
+                self.assertIn('nodeMetrics', {re.sub(r'_(.)', lambda match: match.group(1).upper(), key) for key in node})
+        self.assertEqual(os.listdir(self.home), [])
+
+    def test_archive_wins_over_what_is_installed(self):
+        code = f'import sys; sys.path.insert(0, {REAL_ARCHIVE!r}); import agent, google.protobuf; print(agent.grpc, google.protobuf)'
+        self.assertEqual(self.start('-c', code).count(self.cache), 2)
+
+    def test_archive_has_every_python_on_both_processors_within_its_size(self):
+        if len(self.targets) == 1:
+            self.skipTest('built with --native')
+        self.assertEqual(set(self.targets), {f'.cpython-3{minor}-{processor}-linux-gnu.so' for minor in range(9, 15)
+                                             for processor in ('x86_64', 'aarch64')})
+        self.assertLessEqual(os.path.getsize(REAL_ARCHIVE), 24_000_000)
+
+    def test_compiled_modules_are_for_their_processor(self):
+        for member in set(self.targets.values()):
+            # ELF e_machine, elf(5): EM_X86_64, EM_AARCH64
+            machine, modules = {'x86_64': 62, 'aarch64': 183}[member.partition('-')[0]], []
+            with zipfile.ZipFile(REAL_ARCHIVE) as archive, lzma.open(io.BytesIO(archive.read(member))) as packed:
+                for info in (tar := tarfile.open(fileobj=packed, mode='r|')):
+                    if info.name.endswith('.so'):
+                        header = tar.extractfile(info).read(20)
+                        self.assertEqual((header[:4], header[18] | header[19] << 8), (b'\x7fELF', machine), info.name)
+                        modules.append(info.name)
+            expected = ['grpc/_cython/cygrpc' + suffix for suffix, holder in self.targets.items() if holder == member]
+            self.assertEqual(sorted(modules), sorted(['google/_upb/_message.abi3.so', *expected]))
+
+
+class Build(unittest.TestCase):
+    """build_zipapp.sh in a copy, among the commands that we let it see."""
+    COMMANDS = 'bash cat chmod cp cut dirname find grep head mkdir mv rm sed sha256sum sort tail tar touch uname wc xz'.split()
+
+    def setUp(self):
+        temporary = tempfile.TemporaryDirectory()
+        self.addCleanup(temporary.cleanup)
+        self.directory, self.commands = f'{temporary.name}/copy', f'{temporary.name}/bin'
+        for name in 'agent.py', 'cri_pb2.py', 'kubensage_pb2.py', 'build_zipapp.sh':
+            os.makedirs(self.directory, exist_ok=True)
+            shutil.copy(os.path.join(HERE, name), self.directory)
+        os.mkdir(self.commands)
+        for name in self.COMMANDS:
+            os.symlink(shutil.which(name) or self.skipTest(f'needs {name}'), f'{self.commands}/{name}')
+        self.stub('python3', f'exec {sys.executable} "$@"')
+
+    def stub(self, name, script):
+        write_file(f'{self.commands}/{name}', f'#!{shutil.which("bash")}\n{script}\n')
+        os.chmod(f'{self.commands}/{name}', 0o755)
+
+    def build(self, *arguments, script='./build_zipapp.sh', cwd=None):
+        return subprocess.run(['bash', script, *arguments], cwd=cwd or self.directory, env={'PATH': self.commands},
+                              stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
+
+    def pins(self):
+        with open(os.path.join(HERE, 'build_zipapp.sh')) as file:
+            return re.search(r"^WHEELS='\n(.*?)^'", file.read(), re.S | re.M).group(1)
+
+    def test_pins_are_fifteen_wheels_with_their_hashes(self):
+        rows = [line.split('  ') for line in self.pins().splitlines()]
+        self.assertTrue(all(re.fullmatch('[0-9a-f]{64}', digest) for digest, _ in rows))
+        names = [name for _, name in rows]
+        self.assertEqual((len(set(names)), len({digest for digest, _ in rows})), (15, 15))
+        for processor in 'x86_64', 'aarch64':
+            self.assertEqual([sum(processor in name and name.startswith(project) for name in names) for project in ('grpcio-', 'protobuf-')],
+                             [6, 1])
+
+    def test_what_is_missing_is_said_in_one_line(self):
+        no_pip = f'case "$*" in *pip*) exit 1; esac; exec {sys.executable} "$@"'
+        offline = ('case "$*" in *pip\\ --version*) exit; esac; '
+                   'case "$*" in *pip\\ download*) echo "WARNING: Retrying" >&2; echo "ERROR: no route to host" >&2; exit 1; esac; '
+                   f'exec {sys.executable} "$@"')
+        for pattern, arguments, command, script in [
+                ('unknown argument --nativ; --native', ['--nativ'], None, ''), ('xz is missing .*xz-utils', [], 'xz', ''),
+                ('python3 is missing', [], 'python3', ''), ('has no pip .*python3-pip', [], 'python3', no_pip),
+                ('cannot download grpcio-.*ERROR: no route to host', [], 'python3', offline),
+                ('no grpcio wheel for cp\\d+ on pdp11', ['--native'], 'uname', 'echo pdp11')]:
+            with self.subTest(pattern):
+                kept = os.path.join(self.commands, f'{command}.kept')
+                if command:
+                    os.rename(f'{self.commands}/{command}', kept)
+                if script:
+                    self.stub(command, script)
+                result = self.build(*arguments)
+                self.assertRegex(result.stderr, rf'\Abuild_zipapp.sh: .*{pattern}.*\n\Z')
+                self.assertEqual((result.returncode, result.stdout, glob.glob(f'{self.directory}/*.pyz')), (1, '', []))
+                if command:
+                    os.replace(kept, f'{self.commands}/{command}')
+
+    def test_wheel_with_another_hash_is_refused(self):
+        write_file(f'{self.directory}/.build/{self.pins().split()[3]}', 'other')
+        write_file(f'{self.directory}/build_zipapp.sh', re.sub(r"(?s)^WHEELS='.*?^'", "WHEELS='\n" + '  '.join(self.pins().split()[2:4]) + "\n'",
+                                                               self.script(), flags=re.M))
+        self.assertRegex(self.build().stderr, r'\Abuild_zipapp.sh: \S+whl has another hash than the pinned one.*\n\Z')
+
+    def script(self):
+        with open(os.path.join(HERE, 'build_zipapp.sh')) as file:
+            return file.read()
+
+    def test_archive_of_small_wheels_is_the_same_from_anywhere_and_runs(self):
+        """The pins of the copy are those of wheels of a few bytes, for this interpreter."""
+        python, processor = f'cp3{sys.version_info.minor}', os.uname().machine
+        wheels = {f'grpcio-1-{python}-{python}-manylinux_{processor}.whl': ['grpc/__init__.py', 'grpc/_cython/cygrpc' + SUFFIX],
+                  f'protobuf-6-cp39-abi3-manylinux_{processor}.whl': ['google/_upb/_message.abi3.so', 'protobuf-6.dist-info/METADATA']}
+        pins = ''
+        for name, members in wheels.items():
+            os.makedirs(f'{self.directory}/.build', exist_ok=True)
+            with zipfile.ZipFile(f'{self.directory}/.build/{name}', 'w') as wheel:
+                for member in members:
+                    wheel.writestr(member, WANTED[member])
+            pins += f'{hashlib.sha256(read_binary(wheel.filename)).hexdigest()}  {name}\n'
+        write_file(f'{self.directory}/build_zipapp.sh', self.script().replace(self.pins(), pins))
+        archive, seen = f'{self.directory}/kubensage-agent.pyz', []
+        for script, cwd in ('./build_zipapp.sh', self.directory), ('copy/build_zipapp.sh', os.path.dirname(self.directory)):
+            result = self.build('--native', script=script, cwd=cwd)
+            self.assertEqual((result.stderr, result.returncode), ('', 0))
+            seen.append(read_binary(archive))
+        self.assertEqual(seen[0], seen[1])
+        with zipfile.ZipFile(archive) as file:
+            self.assertEqual({info.date_time for info in file.infolist()}, {(1980, 1, 1, 0, 0, 0)})
+            self.assertEqual(file.namelist(), sorted(file.namelist()))
+            [(suffix, member)] = agent.parse_targets(file.read('bundle.txt').decode()).items()
+            self.assertEqual((suffix, member), (SUFFIX, f'{processor}-{hashlib.sha256(file.read(member)).hexdigest()[:16]}.tar.xz'))
+        cache = f'{self.directory}/cache'
+        result = subprocess.run([archive], env={'PATH': f'{self.commands}:{os.environ["PATH"]}', 'KUBENSAGE_CACHE': cache}, text=True,
+                                capture_output=True, timeout=15)
+        self.assertRegex(result.stdout, f'{cache}/.*/grpc/__init__.py\n{cache}/.*/google/__init__.py\n')
+        self.assertEqual((result.stderr, result.returncode), ('', 0))
 
 
 # --- files
