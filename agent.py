@@ -66,8 +66,8 @@ import threading
 import time
 import zipimport
 import zlib
-from typing import (TYPE_CHECKING, Any, Callable, Deque, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple,
-                    TypeVar)
+from typing import (TYPE_CHECKING, Any, Callable, Deque, Dict, FrozenSet, Iterable, List, Mapping, NamedTuple, Optional,
+                    Sequence, Set, Tuple, TypeVar)
 
 if TYPE_CHECKING:
     import tarfile
@@ -519,6 +519,12 @@ def read_names(root: str, path: str) -> List[str]:
         raise
 
 
+def reads_this_machine(roots: Roots) -> bool:
+    """Whether what system calls say is about the machine whose trees are read."""
+    return roots.procfs == '/proc' or read_line(roots.procfs, 'sys/kernel/random/boot_id') == read_line(
+        '/proc', 'sys/kernel/random/boot_id')
+
+
 def parse_lines(file: str, lines: Iterable[str], parse_line: Callable[[str], Row]) -> List[Row]:
     """parse_line of each line; ValueError names the file and the line that is not as the kernel writes it."""
     rows = []
@@ -528,6 +534,15 @@ def parse_lines(file: str, lines: Iterable[str], parse_line: Callable[[str], Row
         except MALFORMED:
             raise ValueError(f'{file}: malformed line: {line[:200]!r}') from None
     return rows
+
+
+def parse_key_values(file: str, text: str) -> Dict[str, int]:
+    """Files of `name number` lines: vmstat, memory.stat, cpu.stat, memory.events, ... by the kernel's own names."""
+    def parse_line(line: str) -> Tuple[str, int]:
+        name, value = line.split()
+        return name, int(value)
+
+    return dict(parse_lines(file, text.splitlines(), parse_line))
 
 
 # --- CPU
@@ -545,6 +560,12 @@ class CpuTimes(NamedTuple):
     steal: int = 0
     guest: int = 0
     guest_nice: int = 0
+
+
+# USER_HZ, the unit of times in procfs: 100 on every architecture in use, whatever the kernel's own HZ.
+TICKS_PER_SECOND = os.sysconf('SC_CLK_TCK')
+# idle and iowait may go backwards by a little; by more, the CPU was taken offline meanwhile and counts anew.
+BACKWARDS_TICKS = 3 * TICKS_PER_SECOND
 
 
 class CpuIdentity(NamedTuple):
@@ -616,6 +637,13 @@ def cpu_percent(before: CpuTimes, after: CpuTimes) -> Optional[float]:
     return 100 * (total - elapsed.idle - elapsed.iowait) / total if total else None
 
 
+def without_steps_back(before: CpuTimes, after: CpuTimes) -> CpuTimes:
+    """The counters for those who take rates of them: idle and iowait stay where they are instead of going back."""
+    idle, iowait = (max(a, b) if a - b < BACKWARDS_TICKS else b for a, b in
+                    ((before.idle, after.idle), (before.iowait, after.iowait)))
+    return after._replace(idle=idle, iowait=iowait)
+
+
 def arm_names(implementer: str, part: str) -> Tuple[Optional[str], Optional[str]]:
     """Vendor and model behind `CPU implementer : 0x41` and `CPU part : 0xd0c`; the numbers where not listed."""
     key = int(implementer, 16), int(part, 16)
@@ -628,12 +656,24 @@ def cores_by_package(identities: Iterable[CpuIdentity]) -> Dict[Optional[int], i
     return collections.Counter(package for package, _ in cores)
 
 
-def build_cpu_info(number: int, cpu: CpuIdentity, cores: Optional[int], usage: Optional[float]) -> wire.CpuInfo:
+def build_cpu_seconds(times: CpuTimes) -> wire.CpuSeconds:
+    return wire.CpuSeconds(**{mode: ticks / TICKS_PER_SECOND for mode, ticks in zip(CpuTimes._fields, times)})
+
+
+def build_kernel_activity(numbers: Dict[str, int]) -> wire.KernelActivity:
+    return wire.KernelActivity(
+        procs_running=numbers.get('procs_running'), procs_blocked=numbers.get('procs_blocked'),
+        forks_total=numbers.get('processes'), context_switches_total=numbers.get('ctxt'),
+        interrupts_total=numbers.get('intr'))
+
+
+def build_cpu_info(number: int, cpu: CpuIdentity, cores: Optional[int], usage: Optional[float],
+                   times: CpuTimes) -> wire.CpuInfo:
     return wire.CpuInfo(
         model=cpu.model, cores=cores, mhz=cpu.mhz, vendor_id=cpu.vendor_id,
         physical_id=None if cpu.physical_id is None else str(cpu.physical_id),
         core_id=None if cpu.core_id is None else str(cpu.core_id),
-        cpu=number, usage=usage)
+        cpu=number, usage=usage, seconds=build_cpu_seconds(times))
 
 
 def collect_cpu_identity(roots: Roots, number: int, info: Dict[str, str]) -> CpuIdentity:
@@ -663,12 +703,13 @@ def collect_cpu_identities(roots: Roots, before: Dict[int, CpuIdentity], online:
 
 
 def collect_cpu(roots: Roots, before: Optional[CpuSample]) -> Tuple[Fields, Optional[CpuSample]]:
-    """Everything of /proc/stat: CPU use since the previous sample, and the boot time."""
+    """Everything of /proc/stat: CPU time, and use since the previous sample, boot time, what the kernel is busy with."""
     text = read_text(roots.procfs, 'stat')
     if text is None:
         return {}, None
     times, numbers = parse_stat(text)
     earlier = before.times if before else {}
+    times = {name: without_steps_back(earlier.get(name, after), after) for name, after in times.items()}
     percent = {name: cpu_percent(earlier[name], after) for name, after in times.items() if name in earlier}
     online = [int(name[3:]) for name in times if name != 'cpu']
     identities = collect_cpu_identities(roots, before.identities if before else {}, online)
@@ -676,9 +717,70 @@ def collect_cpu(roots: Roots, before: Optional[CpuSample]) -> Tuple[Fields, Opti
     return {
         'boot_time': numbers.get('btime'),
         'total_cpu_percentage': percent.get('cpu'),
-        'cpu_infos': [build_cpu_info(number, cpu, cores.get(cpu.physical_id), percent.get(f'cpu{number}'))
+        'cpu_infos': [build_cpu_info(number, cpu, cores.get(cpu.physical_id), percent.get(f'cpu{number}'), times[f'cpu{number}'])
                       for number, cpu in identities.items()],
+        'cpu_seconds': build_cpu_seconds(times['cpu']) if 'cpu' in times else None,
+        'kernel_activity': build_kernel_activity(numbers),
     }, CpuSample(times, identities)
+
+
+# --- load
+
+class LoadAvg(NamedTuple):
+    load1: float
+    load5: float
+    load15: float
+    runnable_threads: int
+    threads: int
+
+
+def parse_loadavg(text: str) -> LoadAvg:
+    """/proc/loadavg: averages of runnable and uninterruptible threads, runnable/all threads, the last pid.
+
+    1.38 1.73 0.83 2/229 2859
+    """
+    def parse_line(line: str) -> LoadAvg:
+        load1, load5, load15, threads = line.split()[:4]
+        runnable, total = threads.split('/')
+        return LoadAvg(float(load1), float(load5), float(load15), int(runnable), int(total))
+
+    return parse_lines('loadavg', text.splitlines()[:1] or [''], parse_line)[0]
+
+
+def build_load_average(load: LoadAvg) -> wire.LoadAverage:
+    return wire.LoadAverage(**load._asdict())
+
+
+def collect_load(roots: Roots, before: None) -> Tuple[Fields, None]:
+    text = read_text(roots.procfs, 'loadavg')
+    return {'load_average': build_load_average(parse_loadavg(text)) if text is not None else None}, None
+
+
+# --- limits of the kernel
+
+def parse_file_nr(text: str) -> Tuple[int, int]:
+    """/proc/sys/fs/file-nr: allocated descriptors, a 0 left from old times, the maximum: `832 0 9223372036854775807`."""
+    def parse_line(line: str) -> Tuple[int, int]:
+        allocated, _, maximum = line.split()
+        return int(allocated), int(maximum)
+
+    return parse_lines('file-nr', text.splitlines()[:1] or [''], parse_line)[0]
+
+
+def build_kernel_limits(files: Tuple[Optional[int], Optional[int]], threads: Optional[int], threads_max: Optional[int],
+                        pid_max: Optional[int], conntrack: Tuple[Optional[int], Optional[int]]) -> wire.KernelLimits:
+    return wire.KernelLimits(
+        file_descriptors_allocated=files[0], file_descriptors_max=files[1], threads=threads, threads_max=threads_max,
+        pid_max=pid_max, conntrack_entries=conntrack[0], conntrack_max=conntrack[1])
+
+
+def collect_kernel_limits(roots: Roots, before: None) -> Tuple[Fields, None]:
+    file_nr, loadavg = read_text(roots.procfs, 'sys/fs/file-nr'), read_text(roots.procfs, 'loadavg')
+    conntrack = tuple(read_int(roots.procfs, f'sys/net/netfilter/nf_conntrack_{name}') for name in ('count', 'max'))
+    return {'kernel_limits': build_kernel_limits(
+        parse_file_nr(file_nr) if file_nr is not None else (None, None),
+        parse_loadavg(loadavg).threads if loadavg is not None else None,
+        read_int(roots.procfs, 'sys/kernel/threads-max'), read_int(roots.procfs, 'sys/kernel/pid_max'), conntrack)}, None
 
 
 # --- memory
@@ -696,9 +798,27 @@ def parse_meminfo(text: str) -> Dict[str, int]:
     return dict(parse_lines('meminfo', text.splitlines(), parse_line))
 
 
+def build_memory_detail(memory: Dict[str, int]) -> wire.MemoryDetail:
+    return wire.MemoryDetail(
+        free_bytes=memory.get('MemFree'), buffers_bytes=memory.get('Buffers'), cached_bytes=memory.get('Cached'),
+        slab_reclaimable_bytes=memory.get('SReclaimable'), slab_unreclaimable_bytes=memory.get('SUnreclaim'),
+        dirty_bytes=memory.get('Dirty'), writeback_bytes=memory.get('Writeback'), shmem_bytes=memory.get('Shmem'),
+        anon_pages_bytes=memory.get('AnonPages'), mapped_bytes=memory.get('Mapped'),
+        swap_total_bytes=memory.get('SwapTotal'), swap_free_bytes=memory.get('SwapFree'),
+        huge_pages_total=memory.get('HugePages_Total'), huge_pages_free=memory.get('HugePages_Free'),
+        huge_page_size_bytes=memory.get('Hugepagesize'))
+
+
+def build_vmstat(vmstat: Dict[str, int]) -> wire.Vmstat:
+    return wire.Vmstat(
+        oom_kill=vmstat.get('oom_kill'), pgfault=vmstat.get('pgfault'), pgmajfault=vmstat.get('pgmajfault'),
+        pswpin=vmstat.get('pswpin'), pswpout=vmstat.get('pswpout'))
+
+
 def collect_memory(roots: Roots, before: None) -> Tuple[Fields, None]:
     """MemAvailable is the kernel's own estimate, since Linux 3.14; used is what is not available."""
     memory = parse_meminfo(read_text(roots.procfs, 'meminfo') or '')
+    vmstat = read_text(roots.procfs, 'vmstat')
     total, available = memory.get('MemTotal'), memory.get('MemAvailable')
     used = None if total is None or available is None else max(0, total - available)
     return {
@@ -706,6 +826,9 @@ def collect_memory(roots: Roots, before: None) -> Tuple[Fields, None]:
         'available_memory': available,
         'used_memory': used,
         'memory_used_perc': 100 * used / total if used is not None and total else None,
+        'memory_detail': build_memory_detail(memory) if memory else None,
+        # oom_kill is there since Linux 4.13.
+        'vmstat': build_vmstat(parse_key_values('vmstat', vmstat)) if vmstat else None,
     }, None
 
 
@@ -743,7 +866,7 @@ def collect_psi_metrics(root: str, path: str) -> Optional[wire.PsiMetrics]:
 def collect_pressure(roots: Roots, before: None) -> Tuple[Fields, None]:
     """Absent before Linux 4.20; EOPNOTSUPP, which is absent too, where PSI is built in but off."""
     return {f'psi_{resource}_metrics': collect_psi_metrics(roots.procfs, f'pressure/{resource}')
-            for resource in ('cpu', 'memory', 'io')}, None
+            for resource in ('cpu', 'memory', 'io', 'irq')}, None
 
 
 # --- processes
@@ -850,7 +973,13 @@ def build_disk_usage(mount: Mount, space: os.statvfs_result) -> wire.DiskUsage:
     free = space.f_bavail * space.f_frsize
     return wire.DiskUsage(
         device=mount.source, mountpoint=mount.mountpoint, fstype=mount.fstype, total=space.f_blocks * space.f_frsize,
-        used=used, free=free, used_percent=100 * used / (used + free) if used + free else None)
+        used=used, free=free, used_percent=100 * used / (used + free) if used + free else None,
+        inodes=space.f_files or None, inodes_free=space.f_favail if space.f_files else None,
+        read_only=bool(space.f_flag & os.ST_RDONLY))
+
+
+def build_stuck_disk_usage(mount: Mount) -> wire.DiskUsage:
+    return wire.DiskUsage(device=mount.source, mountpoint=mount.mountpoint, fstype=mount.fstype, stuck=True)
 
 
 def read_space(root: str, mountpoint: str) -> Optional[os.statvfs_result]:
@@ -897,20 +1026,22 @@ def collect_disk_usages(roots: Roots, before: Optional[Dict[str, threading.Threa
     text = read_text(roots.procfs, '1/mountinfo') or read_text(roots.procfs, 'self/mountinfo') or ''
     mounts = real_mounts(parse_mountinfo(text))
     spaces, stuck = answering_mounts(roots.rootfs, mounts, before or {})
-    return {'disk_usages': [build_disk_usage(mount, spaces[mount.mountpoint]) for mount in mounts
-                            if spaces.get(mount.mountpoint) and spaces[mount.mountpoint].f_blocks]}, stuck
+    usages = [build_disk_usage(mount, spaces[mount.mountpoint]) for mount in mounts
+              if spaces.get(mount.mountpoint) and spaces[mount.mountpoint].f_blocks]
+    return {'disk_usages': usages + [build_stuck_disk_usage(mount) for mount in mounts if mount.mountpoint in stuck]}, stuck
 
 
 # --- disk I/O
 
 # admin-guide/iostats.rst: "sectors" are always 512 bytes.
 SECTOR_BYTES = 512
-# Block devices whose I/O reaches another block device, or memory: it would count twice.
-VIRTUAL_DISK = re.compile(r'(loop|ram|zram|dm-|md|drbd|bcache|zd|sr|fd)[\d_]')
+# Block devices whose I/O reaches another block device: in the sum it would count twice.
+VIRTUAL_DISK = re.compile(r'(dm-|md|drbd|bcache|zd)[\d_]')
+MEMORY_DISK = re.compile(r'(loop|ram|zram|sr|fd)\d')
 
 
 class DiskStats(NamedTuple):
-    """The first columns of a line of /proc/diskstats; since boot."""
+    """The columns of a line of /proc/diskstats after the device's numbers; since boot."""
     name: str
     reads: int
     reads_merged: int
@@ -920,6 +1051,17 @@ class DiskStats(NamedTuple):
     writes_merged: int
     written_sectors: int
     write_ms: int
+    in_progress: int
+    io_ms: int
+    weighted_io_ms: int
+    # Since Linux 4.18.
+    discards: Optional[int] = None
+    discards_merged: Optional[int] = None
+    discarded_sectors: Optional[int] = None
+    discard_ms: Optional[int] = None
+    # Since Linux 5.5.
+    flushes: Optional[int] = None
+    flush_ms: Optional[int] = None
 
 
 def parse_diskstats(text: str) -> List[DiskStats]:
@@ -929,7 +1071,7 @@ def parse_diskstats(text: str) -> List[DiskStats]:
     """
     def parse_line(line: str) -> DiskStats:
         fields = line.split()
-        return DiskStats(fields[2], *map(int, fields[3:11]))
+        return DiskStats(fields[2], *map(int, fields[3:20]))
 
     return parse_lines('diskstats', text.splitlines(), parse_line)
 
@@ -942,12 +1084,29 @@ def build_disk_io_summary(disks: List[DiskStats]) -> wire.DiskIOSummary:
         total_write_ops=sum(disk.writes for disk in disks))
 
 
+def build_disk_io(disk: DiskStats) -> wire.DiskIo:
+    return wire.DiskIo(
+        device=disk.name, reads_total=disk.reads, reads_merged_total=disk.reads_merged,
+        read_bytes_total=disk.read_sectors * SECTOR_BYTES, read_seconds_total=disk.read_ms / 1000,
+        writes_total=disk.writes, writes_merged_total=disk.writes_merged,
+        written_bytes_total=disk.written_sectors * SECTOR_BYTES, write_seconds_total=disk.write_ms / 1000,
+        in_progress=disk.in_progress, io_seconds_total=disk.io_ms / 1000, weighted_io_seconds_total=disk.weighted_io_ms / 1000,
+        discards_total=disk.discards, discards_merged_total=disk.discards_merged,
+        discarded_bytes_total=None if disk.discarded_sectors is None else disk.discarded_sectors * SECTOR_BYTES,
+        discard_seconds_total=None if disk.discard_ms is None else disk.discard_ms / 1000,
+        flushes_total=disk.flushes, flush_seconds_total=None if disk.flush_ms is None else disk.flush_ms / 1000)
+
+
 def collect_disk_io(roots: Roots, before: None) -> Tuple[Fields, None]:
-    """Whole disks are those that /sys/block lists: partitions are below them there."""
-    text = read_text(roots.procfs, 'diskstats')
-    whole = {name.replace('!', '/') for name in read_names(roots.sysfs, 'block') if not VIRTUAL_DISK.match(name)}
-    disks = [disk for disk in parse_diskstats(text or '') if disk.name in whole]
-    return {'disk_io_summary': build_disk_io_summary(disks) if disks else None}, None
+    """Whole disks are those that /sys/block lists: partitions are below them there. Memory and loops are no disks."""
+    disks = parse_diskstats(read_text(roots.procfs, 'diskstats') or '')
+    whole = {name.replace('!', '/') for name in read_names(roots.sysfs, 'block') if not MEMORY_DISK.match(name)}
+    listed = [disk for disk in disks if disk.name in whole]
+    physical = [disk for disk in listed if not VIRTUAL_DISK.match(disk.name)]
+    return {
+        'disk_io_summary': build_disk_io_summary(physical) if physical else None,
+        'disks': [build_disk_io(disk) for disk in listed],
+    }, None
 
 
 # --- interface addresses
@@ -974,14 +1133,22 @@ class Address(NamedTuple):
     scope: int
 
 
-def shares_network_namespace(roots: Roots) -> bool:
-    """Whether the agent's own sockets see the network whose files `read_net` reads."""
-    if roots.procfs == '/proc':
-        return True
+def same_network(procfs: str, pid: str, other_procfs: str, other_pid: str) -> bool:
+    """Whether two processes are in one network namespace. Reading ns/net takes the right to trace them; without it the
+    inode of net/dev tells, which each namespace has for itself."""
     try:
-        return os.stat(f'{roots.procfs}/1/net/dev').st_ino == os.stat('/proc/self/net/dev').st_ino
+        return os.readlink(f'{procfs}/{pid}/ns/net') == os.readlink(f'{other_procfs}/{other_pid}/ns/net')
+    except OSError:
+        pass
+    try:
+        return os.path.samestat(os.stat(f'{procfs}/{pid}/net/dev'), os.stat(f'{other_procfs}/{other_pid}/net/dev'))
     except OSError:
         return False
+
+
+def shares_network_namespace(roots: Roots) -> bool:
+    """Whether the agent's own sockets see the network whose files `read_net` reads."""
+    return roots.procfs == '/proc' or same_network(roots.procfs, '1', '/proc', 'self')
 
 
 def read_addresses(roots: Roots) -> bytes:
@@ -1060,6 +1227,10 @@ class NetDev(NamedTuple):
     tx_compressed: int
 
 
+# The node's end of a pod's interface, as the common CNI plugins name them.
+POD_SIDE_INTERFACE = re.compile(r'(veth|cali|lxc|gke|eni[0-9a-f]{11}$|azv|tap|vnet)')
+
+
 class Route(NamedTuple):
     """An entry of a routing table: the interface, and whether it is a usable default route."""
     interface: str
@@ -1069,9 +1240,8 @@ class Route(NamedTuple):
 
 def read_net(roots: Roots, name: str) -> Optional[str]:
     """/proc/net is the reader's network namespace; in another procfs, the node's is that of process 1."""
-    if roots.procfs == '/proc':
-        return read_text(roots.procfs, f'net/{name}')
-    return read_text(roots.procfs, f'1/net/{name}')
+    text = read_text(roots.procfs, f'1/net/{name}') if roots.procfs != '/proc' else None
+    return text if text is not None else read_text(roots.procfs, f'net/{name}')
 
 
 def parse_net_dev(text: str) -> Dict[str, NetDev]:
@@ -1129,16 +1299,32 @@ def build_string_value(text: Optional[str]) -> Optional[StringValue]:
     return None if text is None else StringValue(value=text)
 
 
-def collect_interface(roots: Roots, name: str, addresses: Iterable[Address]) -> wire.InterfaceStat:
-    """One interface from /sys/class/net; lo and tunnels have a hardware address of zeros, which is none."""
+def build_interface_counters(counters: NetDev) -> wire.InterfaceCounters:
+    return wire.InterfaceCounters(**counters._asdict())
+
+
+def collect_interface(roots: Roots, name: str, counters: NetDev, addresses: Dict[int, List[Address]]) -> wire.InterfaceStat:
+    """One interface from /sys/class/net; lo and tunnels have a hardware address of zeros, which is none. Of the pods'
+    ends only what the relay's contract asks for."""
     directory = f'class/net/{name}'
     index = read_int(roots.sysfs, f'{directory}/ifindex')
     hardware_address = read_line(roots.sysfs, f'{directory}/address')
-    return wire.InterfaceStat(
+    interface = wire.InterfaceStat(
         index=index, mtu=read_int(roots.sysfs, f'{directory}/mtu'), name=name,
         hardwareAddr=hardware_address if hardware_address and hardware_address.strip('0:') else None,
         flags=interface_flags(read_int(roots.sysfs, f'{directory}/flags') or 0),
-        addrs=[f'{address.address}/{address.prefix_length}' for address in addresses if address.index == index])
+        addrs=[f'{address.address}/{address.prefix_length}' for address in addresses.get(index, ())])
+    if not POD_SIDE_INTERFACE.match(name):
+        interface.MergeFrom(collect_link(roots, directory, counters))
+    return interface
+
+
+def collect_link(roots: Roots, directory: str, counters: NetDev) -> wire.InterfaceStat:
+    """State, speed and counters. Of a link that is down carrier and speed are EINVAL; virtual ones may say -1."""
+    carrier, speed = read_int(roots.sysfs, f'{directory}/carrier'), read_int(roots.sysfs, f'{directory}/speed')
+    return wire.InterfaceStat(
+        operstate=read_line(roots.sysfs, f'{directory}/operstate'), carrier=None if carrier is None else bool(carrier),
+        speed_mbits=speed if speed and speed > 0 else None, counters=build_interface_counters(counters))
 
 
 def collect_primary_address(roots: Roots, routes: Iterable[Route], addresses: Iterable[Address],
@@ -1151,14 +1337,116 @@ def collect_primary_address(roots: Roots, routes: Iterable[Route], addresses: It
 def collect_network(roots: Roots, before: None) -> Tuple[Fields, None]:
     counters = parse_net_dev(read_net(roots, 'dev') or '')
     addresses = parse_addresses(read_addresses(roots))
+    by_index = collections.defaultdict(list)
+    for address in addresses:
+        by_index[address.index].append(address)
     ipv4_routes = parse_route(read_net(roots, 'route') or '')
     ipv6_routes = parse_ipv6_route(read_net(roots, 'ipv6_route') or '')
     return {
         'primary_ipv4': collect_primary_address(roots, ipv4_routes, addresses, socket.AF_INET),
         'primary_ipv6': collect_primary_address(roots, ipv6_routes, addresses, socket.AF_INET6),
         'net_usage': build_net_usage(counters.values()) if counters else None,
-        'network_interfaces': [collect_interface(roots, name, addresses) for name in counters],
+        'network_interfaces': [collect_interface(roots, name, columns, by_index) for name, columns in counters.items()],
     }, None
+
+
+# --- network protocols
+
+def parse_snmp(text: str) -> Dict[str, int]:
+    """/proc/net/snmp and netstat: for each protocol a line of names and one of numbers; `Tcp: RetransSegs` as TcpRetransSegs.
+
+    Udp: InDatagrams NoPorts InErrors
+    Udp: 12 3 0
+    """
+    lines = text.splitlines()
+    values: Dict[str, int] = {}
+
+    def parse_pair(pair: Tuple[str, str]) -> None:
+        (protocol, *names), (same, *numbers) = pair[0].split(), pair[1].split()
+        if protocol != same or len(names) != len(numbers):
+            raise ValueError
+        values.update((protocol[:-1] + name, int(number)) for name, number in zip(names, numbers))
+
+    parse_lines('snmp', zip(lines[::2], lines[1::2]), parse_pair)
+    return values
+
+
+def parse_sockstat(text: str) -> Dict[str, int]:
+    """/proc/net/sockstat; `TCP: inuse 3` as TCPinuse. mem is in pages."""
+    values: Dict[str, int] = {}
+
+    def parse_line(line: str) -> None:
+        protocol, *pairs = line.split()
+        values.update((protocol[:-1] + name, int(number)) for name, number in zip(pairs[::2], pairs[1::2]))
+
+    parse_lines('sockstat', text.splitlines(), parse_line)
+    return values
+
+
+def parse_softnet_stat(text: str) -> Tuple[int, int, int]:
+    """/proc/net/softnet_stat: a line per CPU, hexadecimal. Gives packets processed, dropped (backlog full), and the times
+    that the budget ran out before the work, all CPUs together."""
+    rows = parse_lines('softnet_stat', text.splitlines(), lambda line: [int(word, 16) for word in line.split()[:3]])
+    if any(len(row) < 3 for row in rows):
+        raise ValueError('softnet_stat: malformed line of fewer than 3 columns')
+    return tuple(sum(row[column] for row in rows) for column in range(3))
+
+
+def build_network_protocols(netstat: Dict[str, int], snmp: Dict[str, int], sockstat: Dict[str, int],
+                            softnet: Optional[Tuple[int, int, int]]) -> wire.NetworkProtocols:
+    processed, dropped, squeezed = softnet or (None, None, None)
+    tcp_mem_pages = sockstat.get('TCPmem')
+    return wire.NetworkProtocols(
+        tcp_listen_overflows_total=netstat.get('TcpExtListenOverflows'),
+        tcp_listen_drops_total=netstat.get('TcpExtListenDrops'), tcp_syn_retrans_total=netstat.get('TcpExtTCPSynRetrans'),
+        tcp_retrans_segs_total=snmp.get('TcpRetransSegs'), tcp_in_segs_total=snmp.get('TcpInSegs'),
+        tcp_out_segs_total=snmp.get('TcpOutSegs'), tcp_in_errs_total=snmp.get('TcpInErrs'),
+        udp_rcvbuf_errors_total=snmp.get('UdpRcvbufErrors'), udp_sndbuf_errors_total=snmp.get('UdpSndbufErrors'),
+        udp_in_errors_total=snmp.get('UdpInErrors'), sockets_used=sockstat.get('socketsused'),
+        tcp_inuse=sockstat.get('TCPinuse'), tcp_orphan=sockstat.get('TCPorphan'), tcp_tw=sockstat.get('TCPtw'),
+        tcp_alloc=sockstat.get('TCPalloc'), tcp_mem_bytes=None if tcp_mem_pages is None else tcp_mem_pages * PAGE_SIZE_BYTES,
+        udp_inuse=sockstat.get('UDPinuse'), softnet_processed_total=processed, softnet_dropped_total=dropped,
+        softnet_squeezed_total=squeezed)
+
+
+def collect_network_protocols(roots: Roots, before: None) -> Tuple[Fields, None]:
+    netstat, snmp = read_net(roots, 'netstat'), read_net(roots, 'snmp')
+    sockstat, softnet = read_net(roots, 'sockstat'), read_net(roots, 'softnet_stat')
+    if netstat is None and snmp is None and sockstat is None and softnet is None:
+        return {}, None
+    return {'network_protocols': build_network_protocols(
+        parse_snmp(netstat or ''), parse_snmp(snmp or ''), parse_sockstat(sockstat or ''),
+        parse_softnet_stat(softnet) if softnet else None)}, None
+
+
+# --- clock
+
+# uapi/linux/timex.h: struct timex up to its status, on the 64-bit architectures; the whole of it has 208 bytes.
+TIMEX = struct.Struct('@Ixxxxqqqqi')
+TIMEX_BYTES = 208
+STA_UNSYNC, STA_NANO = 0x0040, 0x2000
+
+
+def read_timex() -> Optional[bytes]:
+    """adjtimex(2) with nothing to adjust; the standard library has no function for it."""
+    import ctypes
+    timex = ctypes.create_string_buffer(TIMEX_BYTES)
+    try:
+        return timex.raw if ctypes.CDLL(None, use_errno=True).adjtimex(timex) >= 0 else None
+    except AttributeError:
+        return None
+
+
+def build_clock_metrics(timex: bytes) -> wire.ClockMetrics:
+    _, offset, _, max_error_usec, _, status = TIMEX.unpack_from(timex)
+    return wire.ClockMetrics(synchronized=not status & STA_UNSYNC, offset_seconds=offset / (1e9 if status & STA_NANO else 1e6),
+                             max_error_seconds=max_error_usec / 1e6)
+
+
+def collect_clock(roots: Roots, before: None) -> Tuple[Fields, None]:
+    """All containers of a machine have its clock; another machine's tree has none."""
+    timex = read_timex() if reads_this_machine(roots) else None
+    return {'clock': build_clock_metrics(timex) if timex else None}, None
 
 
 # --- operating system
@@ -1204,8 +1492,7 @@ def collect_host_id(roots: Roots) -> Optional[str]:
 
 def collect_kernel_arch(roots: Roots) -> Optional[str]:
     """The file came with Linux 6.1; before it, uname(2) tells, unless the tree is another machine's."""
-    ours = read_line(roots.procfs, 'sys/kernel/osrelease') == os.uname().release
-    return read_line(roots.procfs, 'sys/kernel/arch') or (os.uname().machine if ours else None)
+    return read_line(roots.procfs, 'sys/kernel/arch') or (os.uname().machine if reads_this_machine(roots) else None)
 
 
 def collect_system(roots: Roots, before: None) -> Tuple[Fields, None]:
@@ -1230,6 +1517,266 @@ def parse_uptime(text: str) -> int:
     return parse_lines('uptime', text.splitlines()[:1] or [''], lambda line: int(float(line.split()[0])))[0]
 
 
+# --- cgroup files
+
+# How long limits and weights are taken to stay as they are.
+LIMITS_SECONDS = 60
+# cgroup v1 says "no limit" with the largest multiple of a page below 2**63.
+V1_NO_LIMIT_BYTES = 2**63 - 65536
+
+
+class CgroupTree(NamedTuple):
+    """Where the node's groups are: by controller the directory below sysfs; on v2 one for all of them, under ''."""
+    version: int
+    directories: Dict[str, str]
+
+
+class Limits(NamedTuple):
+    """What changes seldom, if ever; None without a limit."""
+    quota_usec: Optional[int] = None
+    period_usec: Optional[int] = None
+    weight: Optional[int] = None
+    shares: Optional[int] = None
+    memory_max_bytes: Optional[int] = None
+    memory_high_bytes: Optional[int] = None
+    swap_max_bytes: Optional[int] = None
+    pids_max: Optional[int] = None
+
+
+def read_cgroup_tree(roots: Roots) -> Optional[CgroupTree]:
+    """v2 has cgroup.controllers at its root. A hybrid system has it elsewhere, and the controllers are those of v1."""
+    if read_text(roots.sysfs, 'fs/cgroup/cgroup.controllers') is not None:
+        return CgroupTree(2, {'': 'fs/cgroup'})
+    directories = {controller: f'fs/cgroup/{name}' for name in sorted(read_names(roots.sysfs, 'fs/cgroup'), key=len, reverse=True)
+                   for controller in name.split(',')}
+    return CgroupTree(1, directories) if 'memory' in directories else None
+
+
+def read_v1(roots: Roots, tree: CgroupTree, controller: str, path: str) -> Optional[str]:
+    """A file of one controller's hierarchy; path is below its root."""
+    directory = tree.directories.get(controller)
+    return read_text(roots.sysfs, f'{directory}/{path}') if directory else None
+
+
+def parse_number(file: str, text: Optional[str]) -> Optional[int]:
+    """A file of one number; `max`, v2's word for no limit, is None, as is a file that is not there."""
+    if text is None or text.strip() == 'max':
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f'{file}: malformed line: {text[:200]!r}') from None
+
+
+def parse_cpu_max(text: str) -> Tuple[Optional[int], Optional[int]]:
+    """cpu.max: quota and period in µs: `10000 100000`, or `max 100000` without a limit."""
+    def parse_line(line: str) -> Tuple[Optional[int], Optional[int]]:
+        quota, period = line.split()
+        return (None, None) if quota == 'max' else (int(quota), int(period))
+
+    return parse_lines('cpu.max', text.splitlines()[:1] or [''], parse_line)[0]
+
+
+def parse_io_stat(text: str) -> Dict[str, Dict[str, int]]:
+    """io.stat by device; empty without I/O. Devices without statistics stand there alone.
+
+    254:0 rbytes=1048576 wbytes=8192 rios=12 wios=2 dbytes=0 dios=0
+    """
+    def parse_line(line: str) -> Tuple[str, Dict[str, int]]:
+        device, *pairs = line.split()
+        return device, {key: int(value) for key, value in (pair.split('=') for pair in pairs)}
+
+    return {device: values for device, values in parse_lines('io.stat', filter(str.strip, text.splitlines()), parse_line) if values}
+
+
+def parse_blkio(text: str) -> Dict[str, Dict[str, int]]:
+    """v1's blkio.throttle.io_service_bytes and io_serviced: `254:0 Read 1048576` and so on, and a `Total 1056768` of all."""
+    devices: Dict[str, Dict[str, int]] = collections.defaultdict(dict)
+
+    def parse_line(line: str) -> None:
+        *device, operation, number = line.split()
+        if device:
+            devices[device[0]][operation] = int(number)
+
+    parse_lines('blkio', filter(str.strip, text.splitlines()), parse_line)
+    return dict(devices)
+
+
+def limited(number: Optional[int]) -> Optional[int]:
+    """A limit of cgroup v1."""
+    return number if number is not None and 0 <= number < V1_NO_LIMIT_BYTES else None
+
+
+def cpu_stat_from_v1(usage_ns: Optional[int], cpuacct: Dict[str, int], cpu: Dict[str, int]) -> Dict[str, int]:
+    """v1's cpuacct.usage, cpuacct.stat (ticks) and cpu.stat (ns) under v2's names, in µs."""
+    tick_usec = 10**6 // TICKS_PER_SECOND
+    stat_v2 = {name: cpu[name] for name in ('nr_periods', 'nr_throttled') if name in cpu}
+    if usage_ns is not None:
+        stat_v2['usage_usec'] = usage_ns // 1000
+    if 'throttled_time' in cpu:
+        stat_v2['throttled_usec'] = cpu['throttled_time'] // 1000
+    return {**stat_v2, **{f'{name}_usec': ticks * tick_usec for name, ticks in cpuacct.items() if name in ('user', 'system')}}
+
+
+def memory_stat_from_v1(stat_v1: Dict[str, int]) -> Dict[str, int]:
+    """v1's memory.stat under v2's names: those with total_ include the groups below."""
+    names = {'anon': 'rss', 'file': 'cache', 'file_mapped': 'mapped_file', 'inactive_file': 'inactive_file',
+             'active_file': 'active_file', 'shmem': 'shmem', 'pgfault': 'pgfault', 'pgmajfault': 'pgmajfault'}
+    return {v2: stat_v1[f'total_{v1}'] for v2, v1 in names.items() if f'total_{v1}' in stat_v1}
+
+
+def build_cgroup_cpu(cpu: Dict[str, int], limits: Limits) -> wire.CgroupCpu:
+    return wire.CgroupCpu(
+        usage_usec=cpu.get('usage_usec'), user_usec=cpu.get('user_usec'), system_usec=cpu.get('system_usec'),
+        nr_periods=cpu.get('nr_periods'), nr_throttled=cpu.get('nr_throttled'), throttled_usec=cpu.get('throttled_usec'),
+        quota_usec=limits.quota_usec, period_usec=limits.period_usec, weight=limits.weight, shares=limits.shares)
+
+
+def build_cgroup_memory(current: Optional[int], peak: Optional[int], swap: Optional[int], memory: Dict[str, int],
+                        events: Dict[str, int], limits: Limits) -> wire.CgroupMemory:
+    return wire.CgroupMemory(
+        current_bytes=current, peak_bytes=peak, max_bytes=limits.memory_max_bytes, high_bytes=limits.memory_high_bytes,
+        swap_current_bytes=swap, swap_max_bytes=limits.swap_max_bytes, anon_bytes=memory.get('anon'),
+        file_bytes=memory.get('file'), inactive_file_bytes=memory.get('inactive_file'),
+        active_file_bytes=memory.get('active_file'), slab_bytes=memory.get('slab'), kernel_bytes=memory.get('kernel'),
+        shmem_bytes=memory.get('shmem'), file_mapped_bytes=memory.get('file_mapped'), sock_bytes=memory.get('sock'),
+        pgfault=memory.get('pgfault'), pgmajfault=memory.get('pgmajfault'), events_max=events.get('max'),
+        events_oom=events.get('oom'), events_oom_kill=events.get('oom_kill'))
+
+
+def build_cgroup_io(device: str, io: Dict[str, int]) -> wire.CgroupIo:
+    return wire.CgroupIo(device=device, rbytes=io.get('rbytes'), wbytes=io.get('wbytes'), rios=io.get('rios'), wios=io.get('wios'))
+
+
+def build_cgroup_pids(current: Optional[int], limits: Limits) -> Optional[wire.CgroupPids]:
+    return None if current is None else wire.CgroupPids(current=current, max=limits.pids_max)
+
+
+def collect_limits_v2(root: str, path: str) -> Limits:
+    def number(file: str) -> Optional[int]:
+        return parse_number(file, read_text(root, f'{path}/{file}'))
+
+    cpu_max = read_text(root, f'{path}/cpu.max')
+    quota_usec, period_usec = parse_cpu_max(cpu_max) if cpu_max else (None, None)
+    return Limits(quota_usec, period_usec, number('cpu.weight'), None, number('memory.max'), number('memory.high'),
+                  number('memory.swap.max'), number('pids.max'))
+
+
+def collect_limits_v1(roots: Roots, tree: CgroupTree, path: str) -> Limits:
+    """memory.memsw counts memory and swap together."""
+    def number(controller: str, file: str) -> Optional[int]:
+        return limited(parse_number(file, read_v1(roots, tree, controller, f'{path}/{file}')))
+
+    quota_usec, period_usec = number('cpu', 'cpu.cfs_quota_us'), number('cpu', 'cpu.cfs_period_us')
+    memory, memsw = number('memory', 'memory.limit_in_bytes'), number('memory', 'memory.memsw.limit_in_bytes')
+    return Limits(quota_usec, period_usec if quota_usec is not None else None, None, number('cpu', 'cpu.shares'), memory, None,
+                  None if memory is None or memsw is None else max(0, memsw - memory), number('pids', 'pids.max'))
+
+
+def collect_cgroup_v2(root: str, path: str, limits: Limits) -> Optional[wire.CgroupMetrics]:
+    """One group. None where it is gone."""
+    def key_values(file: str) -> Dict[str, int]:
+        return parse_key_values(file, read_text(root, f'{path}/{file}') or '')
+
+    def number(file: str) -> Optional[int]:
+        return parse_number(file, read_text(root, f'{path}/{file}'))
+
+    cpu = key_values('cpu.stat')
+    if not cpu:
+        return None
+    io = parse_io_stat(read_text(root, f'{path}/io.stat') or '')
+    memory = build_cgroup_memory(number('memory.current'), number('memory.peak'), number('memory.swap.current'),
+                                 key_values('memory.stat'), key_values('memory.events'), limits)
+    return wire.CgroupMetrics(
+        path=path, timestamp_ns=time.time_ns(), cpu=build_cgroup_cpu(cpu, limits), memory=memory,
+        io=[build_cgroup_io(*item) for item in sorted(io.items())], pids=build_cgroup_pids(number('pids.current'), limits),
+        cpu_pressure=collect_psi_metrics(root, f'{path}/cpu.pressure'),
+        memory_pressure=collect_psi_metrics(root, f'{path}/memory.pressure'),
+        io_pressure=collect_psi_metrics(root, f'{path}/io.pressure'))
+
+
+def collect_memory_v1(roots: Roots, tree: CgroupTree, path: str, limits: Limits) -> wire.CgroupMemory:
+    def read(file: str) -> Optional[str]:
+        return read_v1(roots, tree, 'memory', f'{path}/{file}')
+
+    current = parse_number('memory.usage_in_bytes', read('memory.usage_in_bytes'))
+    memsw = parse_number('memory.memsw.usage_in_bytes', read('memory.memsw.usage_in_bytes'))
+    stat_v2 = memory_stat_from_v1(parse_key_values('memory.stat', read('memory.stat') or ''))
+    extra = {'kernel': parse_number('memory.kmem.usage_in_bytes', read('memory.kmem.usage_in_bytes')),
+             'sock': parse_number('memory.kmem.tcp.usage_in_bytes', read('memory.kmem.tcp.usage_in_bytes'))}
+    return build_cgroup_memory(
+        current, parse_number('memory.max_usage_in_bytes', read('memory.max_usage_in_bytes')),
+        None if memsw is None or current is None else max(0, memsw - current), {**stat_v2, **extra},
+        {'oom_kill': parse_key_values('memory.oom_control', read('memory.oom_control') or '').get('oom_kill')}, limits)
+
+
+def collect_io_v1(roots: Roots, tree: CgroupTree, path: str) -> List[wire.CgroupIo]:
+    """Reads and writes as the throttling layer sees them; without a limit some kernels count nothing there."""
+    sizes = parse_blkio(read_v1(roots, tree, 'blkio', f'{path}/blkio.throttle.io_service_bytes') or '')
+    counts = parse_blkio(read_v1(roots, tree, 'blkio', f'{path}/blkio.throttle.io_serviced') or '')
+    return [build_cgroup_io(device, {
+        'rbytes': sizes[device].get('Read'), 'wbytes': sizes[device].get('Write'),
+        'rios': counts.get(device, {}).get('Read'), 'wios': counts.get(device, {}).get('Write')}) for device in sorted(sizes)]
+
+
+def collect_cgroup_v1(roots: Roots, tree: CgroupTree, path: str, limits: Limits) -> Optional[wire.CgroupMetrics]:
+    """One group, in all the hierarchies. None where it is gone."""
+    usage_ns = parse_number('cpuacct.usage', read_v1(roots, tree, 'cpuacct', f'{path}/cpuacct.usage'))
+    memory = collect_memory_v1(roots, tree, path, limits)
+    if usage_ns is None and not memory.HasField('current_bytes'):
+        return None
+    cpuacct = parse_key_values('cpuacct.stat', read_v1(roots, tree, 'cpuacct', f'{path}/cpuacct.stat') or '')
+    cpu = parse_key_values('cpu.stat', read_v1(roots, tree, 'cpu', f'{path}/cpu.stat') or '')
+    pids = parse_number('pids.current', read_v1(roots, tree, 'pids', f'{path}/pids.current'))
+    return wire.CgroupMetrics(
+        path=path, timestamp_ns=time.time_ns(), cpu=build_cgroup_cpu(cpu_stat_from_v1(usage_ns, cpuacct, cpu), limits),
+        memory=memory, io=collect_io_v1(roots, tree, path), pids=build_cgroup_pids(pids, limits))
+
+
+def collect_limits(roots: Roots, tree: CgroupTree, path: str) -> Limits:
+    return collect_limits_v2(f'{roots.sysfs}/fs/cgroup', path) if tree.version == 2 else collect_limits_v1(roots, tree, path)
+
+
+class KnownLimits(NamedTuple):
+    """Limits, and when they are to be read again (monotonic clock)."""
+    limits: Limits
+    due: float
+
+
+def keep_limits(roots: Roots, tree: CgroupTree, path: str, known: Optional[KnownLimits]) -> KnownLimits:
+    if known and time.monotonic() < known.due:
+        return known
+    return KnownLimits(collect_limits(roots, tree, path), time.monotonic() + LIMITS_SECONDS)
+
+
+def collect_cgroup(roots: Roots, tree: CgroupTree, path: str, known: Optional[KnownLimits],
+                   ) -> Tuple[Optional[wire.CgroupMetrics], KnownLimits]:
+    """A group, None where it is gone; and its limits, to be handed back next cycle."""
+    known = keep_limits(roots, tree, path, known)
+    if tree.version == 2:
+        return collect_cgroup_v2(f'{roots.sysfs}/fs/cgroup', path, known.limits), known
+    return collect_cgroup_v1(roots, tree, path, known.limits), known
+
+
+# --- services
+
+# What a node is no node without, and what runs its containers.
+SERVICES = tuple(f'{name}.service' for name in (
+    'kubelet', 'containerd', 'crio', 'docker', 'cri-docker', 'k3s', 'k3s-agent', 'rke2-server', 'rke2-agent'))
+
+
+def collect_services(roots: Roots, before: Optional[Dict[str, KnownLimits]]) -> Tuple[Fields, Dict[str, KnownLimits]]:
+    """The units below system.slice that there are."""
+    tree, services, after = read_cgroup_tree(roots), [], {}
+    directory = tree and tree.directories.get('' if tree.version == 2 else 'memory')
+    present = set(read_names(roots.sysfs, f'{directory}/system.slice')) if directory else set()
+    for name in (name for name in SERVICES if name in present):
+        cgroup, after[name] = collect_cgroup(roots, tree, f'system.slice/{name}', (before or {}).get(name))
+        if cgroup:
+            services.append(wire.ServiceMetrics(name=name, cgroup=cgroup))
+    return {'services': services}, after
+
+
 # --- node
 
 class Part(NamedTuple):
@@ -1244,12 +1791,17 @@ def node_subjects(top_n: int) -> Dict[str, Callable[[Roots, Any], Tuple[Fields, 
     return {
         'system': collect_system,
         'cpu': collect_cpu,
+        'load': collect_load,
         'memory': collect_memory,
         'pressure': collect_pressure,
         'processes': functools.partial(collect_processes, top_n=top_n),
         'file systems': collect_disk_usages,
         'disk I/O': collect_disk_io,
         'network': collect_network,
+        'network protocols': collect_network_protocols,
+        'kernel limits': collect_kernel_limits,
+        'clock': collect_clock,
+        'services': collect_services,
     }
 
 
@@ -1277,6 +1829,9 @@ CRI_ANSWERS = {
     'ListPodSandbox': cri.ListPodSandboxResponse,
     'ListContainers': cri.ListContainersResponse,
     'ListContainerStats': cri.ListContainerStatsResponse,
+    'ContainerStatus': cri.ContainerStatusResponse,
+    'Status': cri.StatusResponse,
+    'ImageFsInfo': cri.ImageFsInfoResponse,
 }
 CRI_SOCKETS = (
     '/run/containerd/containerd.sock',
@@ -1380,10 +1935,10 @@ def read_socket_inode(path: str) -> Optional[Tuple[int, int]]:
     return (status.st_dev, status.st_ino) if stat.S_ISSOCK(status.st_mode) else None
 
 
-def start_call(channel: grpc.Channel, service: str, method: str, timeout: float) -> Call:
-    """Begin a call; its empty request asks for everything. `fetch` waits for the answer."""
+def start_call(channel: grpc.Channel, service: str, method: str, timeout: float, request: bytes = b'') -> Call:
+    """Begin a call; an empty request asks for everything. `fetch` waits for the answer."""
     decode = CRI_ANSWERS[method].FromString
-    future = channel.unary_unary(f'/{service}/{method}', response_deserializer=decode).future(b'', timeout=timeout)
+    future = channel.unary_unary(f'/{service}/{method}', response_deserializer=decode).future(request, timeout=timeout)
     return Call(method, future, time.monotonic())
 
 
@@ -1462,19 +2017,156 @@ def find_runtime(paths: Sequence[str], deadline: float, tallies: Dict[str, CallT
     return chosen
 
 
+# --- cgroups of containers
+
+# A container's group has its id in its name: <id>, cri-containerd-<id>.scope, crio-<id>.scope, docker-<id>.scope.
+CONTAINER_CGROUP = re.compile(r'(?!crio-conmon-)(?:.*[^0-9a-f])?([0-9a-f]{64})(?:\.scope)?')
+# crun puts the processes of CRI-O's containers one level below.
+INNER_CGROUP = 'container'
+# How often to look again for groups that were not found.
+SEARCH_AGAIN_SECONDS = 60
+
+
+class CgroupsMemory(NamedTuple):
+    """Groups by container (and sandbox) id, their limits by path; what was looked for in vain, and until when to bear it."""
+    tree: Optional[CgroupTree] = None
+    paths: Dict[str, str] = {}
+    limits: Dict[str, KnownLimits] = {}
+    unfound: FrozenSet[str] = frozenset()
+    search_due: float = 0
+
+
+class CgroupSample(NamedTuple):
+    """A group, and when it was read by the clock that rates are taken by (monotonic)."""
+    cgroup: wire.CgroupMetrics
+    clock_ns: int
+
+
+class PodView(NamedTuple):
+    """What the kernel knows of a pod."""
+    cgroup: Optional[wire.CgroupMetrics] = None
+    qos_class: Optional[str] = None
+    host_network: Optional[bool] = None
+    interfaces: Sequence[wire.PodInterface] = ()
+
+
+def read_container_cgroups(roots: Roots, tree: CgroupTree) -> Dict[str, str]:
+    """All groups of containers and sandboxes: path, below the root of the hierarchy, by id. One walk of the tree."""
+    root = f'{roots.sysfs}/{tree.directories["" if tree.version == 2 else "memory"]}'
+    paths = {}
+    for directory, names, _ in os.walk(root):
+        for name in names[:]:
+            match = CONTAINER_CGROUP.fullmatch(name)
+            if match:
+                names.remove(name)
+                path = os.path.join(directory, name)
+                inner = os.path.join(path, INNER_CGROUP)
+                paths[match.group(1)] = (inner if os.path.isdir(inner) else path)[len(root) + 1:]
+    return paths
+
+
+def pod_cgroup_path(path: str, uid: str) -> Optional[str]:
+    """The pod's group above a container's, where the kubelet has made one: pod<uid>, with systemd's driver - as _."""
+    parts = path.split('/')
+    for depth, name in enumerate(parts[:-1], 1):
+        if uid and (f'pod{uid}' in name or f'pod{uid.replace("-", "_")}' in name):
+            return '/'.join(parts[:depth])
+    return None
+
+
+def qos_class(path: Optional[str]) -> Optional[str]:
+    """The kubelet keeps pods of the classes apart; Guaranteed ones stand directly below kubepods."""
+    if path is None or 'kubepods' not in path:
+        return None
+    return 'BestEffort' if 'besteffort' in path else 'Burstable' if 'burstable' in path else 'Guaranteed'
+
+
+def find_cgroups(roots: Roots, memory: CgroupsMemory, ids: Set[str]) -> CgroupsMemory:
+    """The tree is walked only when an id has no group yet; ids without any, as those of VMs, are borne for a while."""
+    tree = memory.tree or read_cgroup_tree(roots)
+    missing = ids - memory.paths.keys()
+    again = missing and (missing - memory.unfound or time.monotonic() >= memory.search_due)
+    paths = read_container_cgroups(roots, tree) if tree and again else memory.paths
+    now = time.monotonic()
+    return CgroupsMemory(
+        tree, {id: path for id, path in paths.items() if id in ids},
+        {path: known for path, known in memory.limits.items() if now < known.due + LIMITS_SECONDS},
+        frozenset(missing - paths.keys()), now + SEARCH_AGAIN_SECONDS if again else memory.search_due)
+
+
+def read_pids(roots: Roots, tree: CgroupTree, path: str) -> List[str]:
+    directory = tree.directories['' if tree.version == 2 else 'memory']
+    return (read_text(roots.sysfs, f'{directory}/{path}/cgroup.procs') or '').split()
+
+
+def build_pod_interface(name: str, counters: NetDev) -> wire.PodInterface:
+    return wire.PodInterface(name=name, counters=build_interface_counters(counters))
+
+
+def collect_pod_network(roots: Roots, tree: CgroupTree, paths: Iterable[str]) -> Tuple[Optional[bool], List[wire.PodInterface]]:
+    """Whether a pod is in the node's network, and if not its interfaces, as any of its processes sees them.
+
+    A pid is taken from its group anew each time: one that is remembered may be another process by now.
+    """
+    for pid in (pid for path in paths for pid in read_pids(roots, tree, path)[:1]):
+        text = read_text(roots.procfs, f'{pid}/net/dev')
+        if not text:
+            continue
+        if same_network(roots.procfs, pid, roots.procfs, '1'):
+            return True, []
+        return False, [build_pod_interface(name, counters) for name, counters in parse_net_dev(text).items() if name != 'lo']
+    return None, []
+
+
+def collect_cgroups(roots: Roots, memory: CgroupsMemory, ids: Iterable[str],
+                    ) -> Tuple[Dict[str, CgroupSample], CgroupsMemory, Optional[str]]:
+    """The groups of these containers, by id, and what went wrong. One that is gone is looked for again next cycle."""
+    cgroups, paths, failure = {}, dict(memory.paths), None
+    for id in (id for id in ids if id in memory.paths):
+        path = memory.paths[id]
+        try:
+            cgroup, memory.limits[path] = collect_cgroup(roots, memory.tree, path, memory.limits.get(path))
+        except (ValueError, OSError) as error:
+            failure = f'{path}: {error}'
+            continue
+        if cgroup:
+            cgroups[id] = CgroupSample(cgroup, time.monotonic_ns())
+        else:
+            del paths[id]
+    return cgroups, memory._replace(paths=paths), failure
+
+
+def collect_pod_view(roots: Roots, memory: CgroupsMemory, uid: str, ids: Sequence[str]) -> PodView:
+    """A pod, by the ids of its sandbox and its containers; remembers the limits of its group."""
+    paths = [memory.paths[id] for id in ids if id in memory.paths]
+    if memory.tree is None or not paths:
+        return PodView()
+    path = next(filter(None, (pod_cgroup_path(path, uid) for path in paths)), None)
+    host_network, interfaces = collect_pod_network(roots, memory.tree, paths)
+    if path is None:
+        return PodView(None, None, host_network, interfaces)
+    cgroup, memory.limits[path] = collect_cgroup(roots, memory.tree, path, memory.limits.get(path))
+    return PodView(cgroup, qos_class(path), host_network, interfaces)
+
+
 # --- pods and containers
 
 # A statistics call may take longer than a cycle: a later cycle picks its answer up, and none is started beside it.
 STATS_TIMEOUT_SECONDS = 10
 STATS_LONGEST_PAUSE_SECONDS = 300
+# How often the runtime is asked whether it is ready, and how many containers' exit codes it is asked for in a cycle.
+CONDITIONS_SECONDS = 15
+STATUSES_PER_CYCLE = 32
 # More than any machine has; containerd 1.6 says 2**63 while it tears a container down.
 SANE_NANO_CORES = 10_000 * 10**9
 NO_STATS = cri.ContainerStats()
 
 
 class CpuUsage(NamedTuple):
-    """CPU time of a container since its start, at a Unix time."""
-    timestamp_ns: int
+    """CPU time of a container since its start, where it comes from, and when it was taken: by the runtime's own clock,
+    or where we have read it ourselves by the monotonic one."""
+    source: str
+    clock_ns: int
     usage_ns: int
 
 
@@ -1485,31 +2177,51 @@ class StatsMemory(NamedTuple):
     not_before: float = 0
 
 
+class Health(NamedTuple):
+    """What is asked for seldom, and when to ask again (monotonic clock)."""
+    conditions: Dict[str, bool] = {}
+    conditions_due: float = 0
+    image_file_systems: Sequence[cri.FilesystemUsage] = ()
+    layers: Dict[str, cri.FilesystemUsage] = {}
+    sizes_due: float = 0
+
+
 class PodsMemory(NamedTuple):
     """What the pods' side keeps from cycle to cycle."""
     runtime: Optional[Runtime] = None
-    stats: StatsMemory = StatsMemory()
-    cpu_usage: Dict[str, CpuUsage] = {}
     # Of the runtime found last, for the log.
     description: str = ''
+    stats: StatsMemory = StatsMemory()
+    health: Health = Health()
+    cpu_usage: Dict[str, CpuUsage] = {}
+    cgroups: CgroupsMemory = CgroupsMemory()
+    # By container: the state in which the runtime was asked for its status, and what it said.
+    statuses: Dict[str, Tuple[int, wire.ContainerStatus]] = {}
 
 
 class Inventory(NamedTuple):
-    """What the runtime said in one cycle."""
+    """What a cycle has found out: from the runtime, and by container id from the cgroups."""
     sandboxes: Sequence[cri.PodSandbox]
     containers: Sequence[cri.Container]
-    stats: Sequence[cri.ContainerStats]
+    stats: Dict[str, cri.ContainerStats]
+    cgroups: Dict[str, CgroupSample]
+    views: Dict[str, PodView]
+    layers: Dict[str, cri.FilesystemUsage]
+    statuses: Dict[str, Tuple[int, wire.ContainerStatus]]
 
 
-def cpu_usage(stats: cri.ContainerStats) -> Optional[CpuUsage]:
-    if not stats.cpu.HasField('usage_core_nano_seconds'):
-        return None
-    return CpuUsage(stats.cpu.timestamp, stats.cpu.usage_core_nano_seconds.value)
+def cpu_usage(sample: Optional[CgroupSample], stats: cri.ContainerStats) -> Optional[CpuUsage]:
+    """The container's CPU time, from its group or else from the runtime."""
+    if sample and sample.cgroup.cpu.HasField('usage_usec'):
+        return CpuUsage('cgroup', sample.clock_ns, sample.cgroup.cpu.usage_usec * 1000)
+    if stats.cpu.HasField('usage_core_nano_seconds'):
+        return CpuUsage('cri', stats.cpu.timestamp, stats.cpu.usage_core_nano_seconds.value)
+    return None
 
 
 def nano_cores(before: CpuUsage, after: CpuUsage) -> Optional[int]:
     """CPU time per wall time between two samples, in 1e-9 cores; None without a step forward in time, or beyond sense."""
-    elapsed_ns = after.timestamp_ns - before.timestamp_ns
+    elapsed_ns = after.clock_ns - before.clock_ns if after.source == before.source else 0
     rate = (after.usage_ns - before.usage_ns) * 10**9 // elapsed_ns if elapsed_ns > 0 else None
     return rate if rate is not None and 0 <= rate < SANE_NANO_CORES else None
 
@@ -1524,14 +2236,19 @@ def enum_name(enum: Any, number: int) -> str:
     return enum.Name(number) if number in enum.values() else str(number)
 
 
+def build_uint64(message: Any, field: str) -> Optional[UInt64Value]:
+    """A scalar of ours as a wrapper; None where it is absent."""
+    return UInt64Value(value=getattr(message, field)) if message.HasField(field) else None
+
+
 def build_uint64_value(message: Any, field: str) -> Optional[UInt64Value]:
     """CRI's own wrapper as the well-known one; None where the runtime left it out."""
     return UInt64Value(value=getattr(message, field).value) if message.HasField(field) else None
 
 
-def build_cpu_metrics(usage: CpuUsage, rate: Optional[int]) -> wire.CpuMetrics:
+def build_cpu_metrics(timestamp_ns: int, usage: CpuUsage, rate: Optional[int]) -> wire.CpuMetrics:
     return wire.CpuMetrics(
-        timestamp=usage.timestamp_ns, usage_nano_cores=None if rate is None else UInt64Value(value=rate),
+        timestamp=timestamp_ns, usage_nano_cores=None if rate is None else UInt64Value(value=rate),
         usage_core_nano_seconds=UInt64Value(value=usage.usage_ns))
 
 
@@ -1546,6 +2263,17 @@ def build_memory_metrics(memory: cri.MemoryUsage) -> wire.MemoryMetrics:
         major_page_faults=build_uint64_value(memory, 'major_page_faults'))
 
 
+def build_cgroup_memory_metrics(timestamp_ns: int, memory: wire.CgroupMemory) -> wire.MemoryMetrics:
+    """What the runtimes make of the same files: the working set is all but the file pages that nobody has used lately."""
+    working_set = max(0, memory.current_bytes - memory.inactive_file_bytes)
+    available = max(0, memory.max_bytes - working_set) if memory.HasField('max_bytes') else None
+    return wire.MemoryMetrics(
+        timestamp=timestamp_ns, working_set_bytes=UInt64Value(value=working_set),
+        available_bytes=None if available is None else UInt64Value(value=available),
+        usage_bytes=UInt64Value(value=memory.current_bytes), rss_bytes=build_uint64(memory, 'anon_bytes'),
+        page_faults=build_uint64(memory, 'pgfault'), major_page_faults=build_uint64(memory, 'pgmajfault'))
+
+
 def build_file_system_metrics(layer: cri.FilesystemUsage) -> wire.FileSystemMetrics:
     return wire.FileSystemMetrics(
         timestamp=layer.timestamp, mountpoint=layer.fs_id.mountpoint,
@@ -1558,47 +2286,100 @@ def build_swap_metrics(swap: cri.SwapUsage) -> wire.SwapMetrics:
         usage_bytes=build_uint64_value(swap, 'swap_usage_bytes'))
 
 
-def build_container(container: cri.Container, stats: cri.ContainerStats, usage: Optional[CpuUsage],
-                    rate: Optional[int]) -> wire.ContainerMetrics:
-    """One container. A writable layer with timestamp 0 has not been measured yet (containerd's first 10 s)."""
+def build_cgroup_swap_metrics(timestamp_ns: int, memory: wire.CgroupMemory) -> wire.SwapMetrics:
+    available = max(0, memory.swap_max_bytes - memory.swap_current_bytes) if memory.HasField('swap_max_bytes') else None
+    return wire.SwapMetrics(
+        timestamp=timestamp_ns, available_bytes=None if available is None else UInt64Value(value=available),
+        usage_bytes=UInt64Value(value=memory.swap_current_bytes))
+
+
+def build_status(status: cri.ContainerStatus) -> wire.ContainerStatus:
+    exited = status.state == cri.CONTAINER_EXITED
+    return wire.ContainerStatus(
+        started_at_ns=status.started_at or None, finished_at_ns=status.finished_at or None,
+        exit_code=status.exit_code if exited else None, reason=status.reason or None)
+
+
+def restart_count(annotations: Mapping[str, str]) -> Optional[int]:
+    text = annotations.get('io.kubernetes.container.restartCount', '')
+    return int(text) if re.fullmatch('[0-9]{1,9}', text) else None
+
+
+def build_identity(container: cri.Container, inventory: Inventory) -> wire.ContainerMetrics:
+    """All of a container but what it uses."""
+    layer = inventory.layers.get(container.id)
+    status = inventory.statuses.get(container.id)
     return wire.ContainerMetrics(
         id=container.id, name=container.metadata.name,
         image=container.image.user_specified_image or container.image.image,
         created_at=container.created_at, state=enum_name(cri.ContainerState, container.state),
-        attempt=container.metadata.attempt,
-        cpu_metrics=build_cpu_metrics(usage, rate) if usage else None,
+        attempt=container.metadata.attempt, file_system_metrics=build_file_system_metrics(layer) if layer else None,
+        restart_count=restart_count(container.annotations), status=status[1] if status else None,
+        labels=dict(container.labels), image_ref=container.image_ref or None)
+
+
+def build_use_from_cgroup(cgroup: wire.CgroupMetrics, usage: Optional[CpuUsage], rate: Optional[int]) -> wire.ContainerMetrics:
+    when, memory = cgroup.timestamp_ns, cgroup.memory
+    return wire.ContainerMetrics(
+        cpu_metrics=build_cpu_metrics(when, usage, rate) if usage else None,
+        memory_metrics=build_cgroup_memory_metrics(when, memory) if memory.HasField('current_bytes') else None,
+        swap_metrics=build_cgroup_swap_metrics(when, memory) if memory.HasField('swap_current_bytes') else None,
+        stats_source='cgroup', cgroup=cgroup)
+
+
+def build_use_from_cri(stats: cri.ContainerStats, usage: Optional[CpuUsage], rate: Optional[int]) -> wire.ContainerMetrics:
+    known = usage or stats.HasField('memory') or stats.HasField('swap')
+    return wire.ContainerMetrics(
+        cpu_metrics=build_cpu_metrics(stats.cpu.timestamp, usage, rate) if usage else None,
         memory_metrics=build_memory_metrics(stats.memory) if stats.HasField('memory') else None,
-        file_system_metrics=build_file_system_metrics(stats.writable_layer) if stats.writable_layer.timestamp else None,
-        swap_metrics=build_swap_metrics(stats.swap) if stats.HasField('swap') else None)
+        swap_metrics=build_swap_metrics(stats.swap) if stats.HasField('swap') else None,
+        stats_source='cri' if known else None)
 
 
-def build_pod(sandbox: cri.PodSandbox, containers: List[wire.ContainerMetrics]) -> wire.PodMetrics:
+def build_container(container: cri.Container, inventory: Inventory, earlier: Optional[CpuUsage],
+                    ) -> Tuple[wire.ContainerMetrics, Optional[CpuUsage]]:
+    """One container, and its CPU time for the next cycle. A counter that goes backwards, as in a container being torn
+    down, is not sent, but is what the next is held against."""
+    cgroup, stats = inventory.cgroups.get(container.id), inventory.stats.get(container.id, NO_STATS)
+    sample = usage = cpu_usage(cgroup, stats)
+    if usage and earlier and usage.usage_ns < earlier.usage_ns:
+        usage = None
+    rate = (nano_cores(earlier, usage) if earlier else runtime_nano_cores(stats)) if usage else None
+    message = build_identity(container, inventory)
+    message.MergeFrom(build_use_from_cgroup(cgroup.cgroup, usage, rate) if cgroup else build_use_from_cri(stats, usage, rate))
+    return message, sample or earlier
+
+
+def build_pod(sandbox: cri.PodSandbox, containers: List[wire.ContainerMetrics], view: PodView) -> wire.PodMetrics:
     return wire.PodMetrics(
         id=sandbox.id, uid=sandbox.metadata.uid, name=sandbox.metadata.name, namespace=sandbox.metadata.namespace,
         created_at=sandbox.created_at, state=enum_name(cri.PodSandboxState, sandbox.state),
-        attempt=sandbox.metadata.attempt, container_metrics=containers)
+        attempt=sandbox.metadata.attempt, container_metrics=containers, labels=dict(sandbox.labels),
+        qos_class=view.qos_class, host_network=view.host_network, network_interfaces=view.interfaces, cgroup=view.cgroup,
+        runtime_handler=sandbox.runtime_handler or None)
 
 
 def build_pods(inventory: Inventory, before: Dict[str, CpuUsage]) -> Tuple[List[wire.PodMetrics], Dict[str, CpuUsage]]:
-    """Every READY sandbox with all its containers, in an order of our own (the runtime's changes from call to
-    call); and the CPU samples for the next cycle, those of containers without statistics in this one included.
-
-    A counter that goes backwards, as in a container being torn down, is not sent, but is what the next is held against.
-    """
-    stats_by_id = {stats.attributes.id: stats for stats in inventory.stats}
+    """Every READY sandbox with all its containers, in an order of our own (the runtime's changes from call to call);
+    and the CPU samples for the next cycle, those of containers without statistics in this one included."""
     after, by_sandbox = {}, collections.defaultdict(list)
     for container in sorted(inventory.containers, key=lambda container: (container.created_at, container.id)):
-        stats, earlier = stats_by_id.get(container.id, NO_STATS), before.get(container.id)
-        usage = cpu_usage(stats)
-        if usage or earlier:
-            after[container.id] = usage or earlier
-        if usage and earlier and usage.usage_ns < earlier.usage_ns:
-            usage = None
-        rate = (nano_cores(earlier, usage) if earlier else runtime_nano_cores(stats)) if usage else None
-        by_sandbox[container.pod_sandbox_id].append(build_container(container, stats, usage, rate))
+        message, sample = build_container(container, inventory, before.get(container.id))
+        by_sandbox[container.pod_sandbox_id].append(message)
+        if sample:
+            after[container.id] = sample
     ready = [sandbox for sandbox in inventory.sandboxes if sandbox.state == cri.SANDBOX_READY]
     ready.sort(key=lambda sandbox: (sandbox.metadata.namespace, sandbox.metadata.name, sandbox.created_at))
-    return [build_pod(sandbox, by_sandbox[sandbox.id]) for sandbox in ready], after
+    return [build_pod(sandbox, by_sandbox[sandbox.id], inventory.views.get(sandbox.id, PodView())) for sandbox in ready], after
+
+
+def build_runtime_metrics(runtime: Runtime, health: Health, inventory: Inventory) -> wire.RuntimeMetrics:
+    return wire.RuntimeMetrics(
+        name=runtime.name, version=runtime.version, socket=runtime.socket, service=runtime.service,
+        conditions=health.conditions,
+        sandboxes=collections.Counter(enum_name(cri.PodSandboxState, sandbox.state) for sandbox in inventory.sandboxes),
+        containers=collections.Counter(enum_name(cri.ContainerState, container.state) for container in inventory.containers),
+        image_file_systems=[build_file_system_metrics(usage) for usage in health.image_file_systems])
 
 
 def call_finished(call: Call, deadline: float) -> bool:
@@ -1645,13 +2426,100 @@ def forget_runtime(memory: PodsMemory) -> PodsMemory:
     return memory._replace(runtime=None, stats=memory.stats._replace(call=None))
 
 
-def fetch_inventory(runtime: Runtime, stats_memory: StatsMemory, deadline: float, tallies: Dict[str, CallTally],
-                    ) -> Tuple[Inventory, StatsMemory, Optional[str]]:
-    """What the runtime has; what to go on with for statistics, and why there are none."""
+def fetch_health(runtime: Runtime, health: Health, deadline: float, tallies: Dict[str, CallTally],
+                 sizes_interval: float) -> Health:
+    """The runtime's own conditions, and the sizes of its images. An old answer stays until there is a new one."""
+    now = time.monotonic()
+    if now >= health.conditions_due:
+        with contextlib.suppress(CriError):
+            conditions = fetch_now(runtime, 'Status', deadline, tallies).status.conditions
+            health = health._replace(conditions={condition.type: condition.status for condition in conditions})
+        health = health._replace(conditions_due=now + CONDITIONS_SECONDS)
+    if now >= health.sizes_due:
+        service = runtime.service.replace('RuntimeService', 'ImageService')
+        with contextlib.suppress(CriError):
+            call = start_call(runtime.channel, service, 'ImageFsInfo', seconds_until(deadline))
+            health = health._replace(image_file_systems=fetch(call, tallies).image_filesystems)
+        health = health._replace(sizes_due=now + sizes_interval)
+    return health
+
+
+def fetch_statuses(runtime: Runtime, containers: Sequence[cri.Container], known: Dict[str, Tuple[int, wire.ContainerStatus]],
+                   deadline: float, tallies: Dict[str, CallTally]) -> Dict[str, Tuple[int, wire.ContainerStatus]]:
+    """The status of each container in its present state; asked once, for a few containers a cycle, all at once."""
+    statuses = {container.id: known[container.id] for container in containers if container.id in known}
+    stale = [container for container in containers if statuses.get(container.id, (None,))[0] != container.state]
+    calls = [(container, start_call(runtime.channel, runtime.service, 'ContainerStatus', seconds_until(deadline),
+                                    cri.ContainerStatusRequest(container_id=container.id).SerializeToString()))
+             for container in stale[:STATUSES_PER_CYCLE]]
+    for container, call in calls:
+        with contextlib.suppress(CriError):
+            statuses[container.id] = container.state, build_status(fetch(call, tallies).status)
+    return statuses
+
+
+def view_pods(roots: Roots, cgroups: CgroupsMemory, sandboxes: Iterable[cri.PodSandbox],
+              containers: Iterable[cri.Container]) -> Tuple[Dict[str, PodView], Optional[str]]:
+    """What the kernel knows of the READY pods, by sandbox id; and what went wrong."""
+    views, failure, members = {}, None, collections.defaultdict(list)
+    for container in containers:
+        members[container.pod_sandbox_id].append(container.id)
+    for sandbox in sandboxes:
+        if sandbox.state == cri.SANDBOX_READY:
+            try:
+                views[sandbox.id] = collect_pod_view(roots, cgroups, sandbox.metadata.uid, [sandbox.id, *members[sandbox.id]])
+            except (ValueError, OSError) as error:
+                failure = f'{sandbox.metadata.namespace}/{sandbox.metadata.name}: {error}'
+    return views, failure
+
+
+class KernelSide(NamedTuple):
+    """What the cgroups and network namespaces tell of the runtime's containers, and of its pods by sandbox id."""
+    cgroups: Dict[str, CgroupSample]
+    views: Dict[str, PodView]
+    memory: CgroupsMemory
+    failures: Dict[str, str]
+
+
+def collect_kernel_side(roots: Roots, memory: CgroupsMemory, sandboxes: Sequence[cri.PodSandbox],
+                        containers: Sequence[cri.Container], running: Sequence[str]) -> KernelSide:
+    ready = {sandbox.id for sandbox in sandboxes if sandbox.state == cri.SANDBOX_READY}
+    memory = find_cgroups(roots, memory, ready.union(running))
+    cgroups, memory, trouble = collect_cgroups(roots, memory, running)
+    views, pod_trouble = view_pods(roots, memory, sandboxes, containers)
+    failures = {'cgroups': trouble, 'pods': pod_trouble}
+    return KernelSide(cgroups, views, memory, {subject: text for subject, text in failures.items() if text})
+
+
+def keep_layers(known: Dict[str, cri.FilesystemUsage], containers: Iterable[cri.Container],
+                stats: Iterable[cri.ContainerStats]) -> Dict[str, cri.FilesystemUsage]:
+    """The writable layers, by container id, as they were measured last. Timestamp 0: not yet (containerd's first 10 s)."""
+    measured = {entry.attributes.id: entry.writable_layer for entry in stats if entry.writable_layer.timestamp}
+    return {container.id: layer for container in containers
+            for layer in (measured.get(container.id) or known.get(container.id),) if layer}
+
+
+def collect_inventory(roots: Roots, options: argparse.Namespace, memory: PodsMemory, deadline: float,
+                      tallies: Dict[str, CallTally]) -> Tuple[Inventory, PodsMemory, Dict[str, str]]:
+    """What the runtime and the cgroups tell. The runtime is asked for statistics only where no cgroup has them, and now
+    and then for the sizes of writable layers, which nobody else knows. CriError: it does not answer."""
+    runtime, health = memory.runtime, memory.health
     sandboxes = fetch_now(runtime, 'ListPodSandbox', deadline, tallies).items
     containers = fetch_now(runtime, 'ListContainers', deadline, tallies).containers
-    stats, stats_memory, failure = fetch_stats(runtime, stats_memory, deadline, tallies)
-    return Inventory(sandboxes, containers, stats), stats_memory, failure
+    running = [container.id for container in containers if container.state == cri.CONTAINER_RUNNING]
+    kernel = KernelSide({}, {}, memory.cgroups, {})
+    if options.container_stats == 'cgroup':
+        kernel = collect_kernel_side(roots, memory.cgroups, sandboxes, containers, running)
+    stats, stats_memory, failure = (), memory.stats, None
+    if stats_memory.call or time.monotonic() >= health.sizes_due or kernel.cgroups.keys() != set(running):
+        stats, stats_memory, failure = fetch_stats(runtime, stats_memory, deadline, tallies)
+    health = health._replace(layers=keep_layers(health.layers, containers, stats))
+    health = fetch_health(runtime, health, deadline, tallies, options.fs_stats_interval)
+    statuses = fetch_statuses(runtime, containers, memory.statuses, deadline, tallies)
+    inventory = Inventory(sandboxes, containers, {entry.attributes.id: entry for entry in stats}, kernel.cgroups,
+                          kernel.views, health.layers, statuses)
+    memory = memory._replace(stats=stats_memory, health=health, cgroups=kernel.memory, statuses=statuses)
+    return inventory, memory, {**kernel.failures, **({'container statistics': failure} if failure else {})}
 
 
 def keep_runtime(roots: Roots, socket_path: Optional[str], memory: PodsMemory, deadline: float,
@@ -1673,25 +2541,26 @@ def another_socket(roots: Roots, socket_path: Optional[str], runtime: Runtime) -
     return any(path != runtime.socket and read_socket_inode(path) for path in collect_endpoints(roots, socket_path))
 
 
-def collect_pods(roots: Roots, socket_path: Optional[str], memory: PodsMemory, deadline: float,
+def collect_pods(roots: Roots, options: argparse.Namespace, memory: PodsMemory, deadline: float,
                  tallies: Dict[str, CallTally]) -> Part:
-    """The pods, as far as the runtime tells of them before the deadline (an instant of the monotonic clock).
+    """The pods and the runtime's state, as far as it tells before the deadline (an instant of the monotonic clock).
 
     A runtime that is only late keeps its connection: each new one would wait in the socket of a stopped runtime.
     """
     try:
-        memory = keep_runtime(roots, socket_path, memory, deadline, tallies)
-        inventory, stats_memory, failure = fetch_inventory(memory.runtime, memory.stats, deadline, tallies)
+        memory = keep_runtime(roots, options.cri_socket, memory, deadline, tallies)
+        inventory, memory, failures = collect_inventory(roots, options, memory, deadline, tallies)
         pods, usage = build_pods(inventory, memory.cpu_usage)
     except CriError as error:
         late = error.code is grpc.StatusCode.DEADLINE_EXCEEDED
-        return Part([], memory if late else forget_runtime(memory), {'container runtime': str(error)})
+        return Part(([], None), memory if late else forget_runtime(memory), {'container runtime': str(error)})
     except (ValueError, OSError) as error:
-        return Part([], forget_runtime(memory), {'container runtime': f'unintelligible: {error}'})
-    memory = memory._replace(stats=stats_memory, cpu_usage=usage)
-    if not inventory.sandboxes and another_socket(roots, socket_path, memory.runtime):
+        return Part(([], None), forget_runtime(memory), {'container runtime': f'unintelligible: {error}'})
+    runtime_metrics = build_runtime_metrics(memory.runtime, memory.health, inventory)
+    memory = memory._replace(cpu_usage=usage)
+    if not inventory.sandboxes and another_socket(roots, options.cri_socket, memory.runtime):
         memory = forget_runtime(memory)
-    return Part(pods, memory, {'container statistics': failure} if failure else {})
+    return Part((pods, runtime_metrics), memory, failures)
 
 
 # --- spool
@@ -2255,7 +3124,11 @@ class Memory(NamedTuple):
     pods: PodsMemory = PodsMemory()
 
 
-def build_metrics(timestamp: int, node: wire.NodeMetrics, pods: List[wire.PodMetrics], agent: wire.AgentMetrics) -> wire.Metrics:
+def build_metrics(timestamp: int, node: wire.NodeMetrics, runtime: Optional[wire.RuntimeMetrics],
+                  pods: List[wire.PodMetrics], agent: wire.AgentMetrics) -> wire.Metrics:
+    """The runtime's state is a part of the node's."""
+    if runtime:
+        node.container_runtime.CopyFrom(runtime)
     return wire.Metrics(timestamp=timestamp, node_metrics=node, pod_metrics=pods, agent_metrics=agent)
 
 
@@ -2264,7 +3137,7 @@ def collect_snapshot(roots: Roots, options: argparse.Namespace, before: Memory, 
     """One Metrics message: the runtime answers while the node is read."""
     timestamp_ns, began = time.time_ns(), time.monotonic()
     patience = min(CRI_LONGEST_SECONDS, options.main_loop_duration * CRI_SHARE_OF_CYCLE)
-    pods_later = pods_thread.submit(collect_pods, roots, options.cri_socket, before.pods, began + patience, run.call_tallies)
+    pods_later = pods_thread.submit(collect_pods, roots, options, before.pods, began + patience, run.call_tallies)
     node = collect_node(roots, before.node, options.top_n)
     pods = pods_later.result()
     run.sequence += 1
@@ -2272,7 +3145,9 @@ def collect_snapshot(roots: Roots, options: argparse.Namespace, before: Memory, 
     failures = {**node.failures, **pods.failures}
     run.failures.update(failures.keys())
     run.cycles, run.collection_seconds = run.cycles + 1, time.monotonic() - began
-    return Part(build_metrics(timestamp_ns // 10**9, node.message, pods.message, agent), Memory(node.after, pods.after), failures)
+    pod_metrics, runtime_metrics = pods.message
+    metrics = build_metrics(timestamp_ns // 10**9, node.message, runtime_metrics, pod_metrics, agent)
+    return Part(metrics, Memory(node.after, pods.after), failures)
 
 
 def log_changes(before: Dict[str, str], now: Dict[str, str]) -> None:
@@ -2540,6 +3415,10 @@ FLAGS: Dict[str, Dict[str, Any]] = {
     '--once': dict(BOOLEAN, default=False, help='take one snapshot, deliver or show it, and exit'),
     '--output': dict(type=one_of('table', 'json'), metavar='table|json',
                      help='how to show snapshots without a relay; by default a table on a terminal, else a JSON line each'),
+    '--container-stats': dict(type=one_of('cgroup', 'cri'), default='cgroup', metavar='cgroup|cri',
+                              help="where containers' CPU, memory and swap come from"),
+    '--fs-stats-interval': dict(type=number_from(1, 'a number of seconds, 1 or more', float), default=60, metavar='SECONDS',
+                                help="how often to ask the runtime for the sizes of images and writable layers"),
     '--cri-socket': dict(metavar='PATH', help="the container runtime's socket; by default it is looked for"),
     '--procfs': dict(default='/proc', metavar='DIR', help="where the node's /proc is mounted"),
     '--sysfs': dict(default='/sys', metavar='DIR', help="where the node's /sys is mounted"),
