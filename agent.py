@@ -777,10 +777,11 @@ def build_kernel_limits(files: Tuple[Optional[int], Optional[int]], threads: Opt
 def collect_kernel_limits(roots: Roots, before: None) -> Tuple[Fields, None]:
     file_nr, loadavg = read_text(roots.procfs, 'sys/fs/file-nr'), read_text(roots.procfs, 'loadavg')
     conntrack = tuple(read_int(roots.procfs, f'sys/net/netfilter/nf_conntrack_{name}') for name in ('count', 'max'))
-    return {'kernel_limits': build_kernel_limits(
+    limits = build_kernel_limits(
         parse_file_nr(file_nr) if file_nr is not None else (None, None),
         parse_loadavg(loadavg).threads if loadavg is not None else None,
-        read_int(roots.procfs, 'sys/kernel/threads-max'), read_int(roots.procfs, 'sys/kernel/pid_max'), conntrack)}, None
+        read_int(roots.procfs, 'sys/kernel/threads-max'), read_int(roots.procfs, 'sys/kernel/pid_max'), conntrack)
+    return {'kernel_limits': limits if limits.ByteSize() else None}, None
 
 
 # --- memory
@@ -1578,15 +1579,22 @@ def parse_cpu_max(text: str) -> Tuple[Optional[int], Optional[int]]:
 
 
 def parse_io_stat(text: str) -> Dict[str, Dict[str, int]]:
-    """io.stat by device; empty without I/O. Devices without statistics stand there alone.
+    """io.stat: what was read and written, by device; empty without I/O. Devices without statistics stand there alone, before
+    Linux 5.16 even in the line of the next one. Other keys than these four may have values that are no numbers.
 
     254:0 rbytes=1048576 wbytes=8192 rios=12 wios=2 dbytes=0 dios=0
     """
-    def parse_line(line: str) -> Tuple[str, Dict[str, int]]:
-        device, *pairs = line.split()
-        return device, {key: int(value) for key, value in (pair.split('=') for pair in pairs)}
+    devices: Dict[str, Dict[str, int]] = {}
 
-    return {device: values for device, values in parse_lines('io.stat', filter(str.strip, text.splitlines()), parse_line) if values}
+    def parse_line(line: str) -> None:
+        words = line.split()
+        pairs = dict(word.split('=') for word in words if '=' in word)
+        counts = {key: int(pairs[key]) for key in ('rbytes', 'wbytes', 'rios', 'wios') if key in pairs}
+        if counts:
+            devices[[word for word in words if '=' not in word][-1]] = counts
+
+    parse_lines('io.stat', text.splitlines(), parse_line)
+    return devices
 
 
 def parse_blkio(text: str) -> Dict[str, Dict[str, int]]:
@@ -2159,6 +2167,8 @@ CONDITIONS_SECONDS = 15
 STATUSES_PER_CYCLE = 32
 # More than any machine has; containerd 1.6 says 2**63 while it tears a container down.
 SANE_NANO_CORES = 10_000 * 10**9
+# What is more cannot be said in ns.
+MAX_USEC = 2**64 // 1000
 NO_STATS = cri.ContainerStats()
 
 
@@ -2175,6 +2185,10 @@ class StatsMemory(NamedTuple):
     call: Optional[Call] = None
     timeouts: int = 0
     not_before: float = 0
+
+
+# By container: the state in which the runtime was asked for its status, and what it said, if it did.
+Statuses = Dict[str, Tuple[int, Optional[wire.ContainerStatus]]]
 
 
 class Health(NamedTuple):
@@ -2195,8 +2209,7 @@ class PodsMemory(NamedTuple):
     health: Health = Health()
     cpu_usage: Dict[str, CpuUsage] = {}
     cgroups: CgroupsMemory = CgroupsMemory()
-    # By container: the state in which the runtime was asked for its status, and what it said.
-    statuses: Dict[str, Tuple[int, wire.ContainerStatus]] = {}
+    statuses: Statuses = {}
 
 
 class Inventory(NamedTuple):
@@ -2207,12 +2220,12 @@ class Inventory(NamedTuple):
     cgroups: Dict[str, CgroupSample]
     views: Dict[str, PodView]
     layers: Dict[str, cri.FilesystemUsage]
-    statuses: Dict[str, Tuple[int, wire.ContainerStatus]]
+    statuses: Statuses
 
 
 def cpu_usage(sample: Optional[CgroupSample], stats: cri.ContainerStats) -> Optional[CpuUsage]:
     """The container's CPU time, from its group or else from the runtime."""
-    if sample and sample.cgroup.cpu.HasField('usage_usec'):
+    if sample and sample.cgroup.cpu.HasField('usage_usec') and sample.cgroup.cpu.usage_usec < MAX_USEC:
         return CpuUsage('cgroup', sample.clock_ns, sample.cgroup.cpu.usage_usec * 1000)
     if stats.cpu.HasField('usage_core_nano_seconds'):
         return CpuUsage('cri', stats.cpu.timestamp, stats.cpu.usage_core_nano_seconds.value)
@@ -2265,11 +2278,12 @@ def build_memory_metrics(memory: cri.MemoryUsage) -> wire.MemoryMetrics:
 
 def build_cgroup_memory_metrics(timestamp_ns: int, memory: wire.CgroupMemory) -> wire.MemoryMetrics:
     """What the runtimes make of the same files: the working set is all but the file pages that nobody has used lately."""
+    known = memory.HasField('inactive_file_bytes')
     working_set = max(0, memory.current_bytes - memory.inactive_file_bytes)
-    available = max(0, memory.max_bytes - working_set) if memory.HasField('max_bytes') else None
+    available = max(0, memory.max_bytes - working_set)
     return wire.MemoryMetrics(
-        timestamp=timestamp_ns, working_set_bytes=UInt64Value(value=working_set),
-        available_bytes=None if available is None else UInt64Value(value=available),
+        timestamp=timestamp_ns, working_set_bytes=UInt64Value(value=working_set) if known else None,
+        available_bytes=UInt64Value(value=available) if known and memory.HasField('max_bytes') else None,
         usage_bytes=UInt64Value(value=memory.current_bytes), rss_bytes=build_uint64(memory, 'anon_bytes'),
         page_faults=build_uint64(memory, 'pgfault'), major_page_faults=build_uint64(memory, 'pgmajfault'))
 
@@ -2426,36 +2440,56 @@ def forget_runtime(memory: PodsMemory) -> PodsMemory:
     return memory._replace(runtime=None, stats=memory.stats._replace(call=None))
 
 
+def fetch_conditions(runtime: Runtime, health: Health, deadline: float, tallies: Dict[str, CallTally]) -> Health:
+    """Whether the runtime calls itself ready. An old answer stays until there is a new one. CriError."""
+    conditions = fetch_now(runtime, 'Status', deadline, tallies).status.conditions
+    return health._replace(conditions={condition.type: condition.status for condition in conditions})
+
+
+def fetch_image_sizes(runtime: Runtime, health: Health, deadline: float, tallies: Dict[str, CallTally]) -> Health:
+    """What the images take. CriError."""
+    service = runtime.service.replace('RuntimeService', 'ImageService')
+    call = start_call(runtime.channel, service, 'ImageFsInfo', seconds_until(deadline))
+    return health._replace(image_file_systems=fetch(call, tallies).image_filesystems)
+
+
 def fetch_health(runtime: Runtime, health: Health, deadline: float, tallies: Dict[str, CallTally],
-                 sizes_interval: float) -> Health:
-    """The runtime's own conditions, and the sizes of its images. An old answer stays until there is a new one."""
-    now = time.monotonic()
+                 sizes_interval: float) -> Tuple[Health, Optional[str]]:
+    """What is asked for seldom, where it is due; and why there is no answer."""
+    now, due, failure = time.monotonic(), [], None
     if now >= health.conditions_due:
-        with contextlib.suppress(CriError):
-            conditions = fetch_now(runtime, 'Status', deadline, tallies).status.conditions
-            health = health._replace(conditions={condition.type: condition.status for condition in conditions})
+        due.append(fetch_conditions)
         health = health._replace(conditions_due=now + CONDITIONS_SECONDS)
     if now >= health.sizes_due:
-        service = runtime.service.replace('RuntimeService', 'ImageService')
-        with contextlib.suppress(CriError):
-            call = start_call(runtime.channel, service, 'ImageFsInfo', seconds_until(deadline))
-            health = health._replace(image_file_systems=fetch(call, tallies).image_filesystems)
+        due.append(fetch_image_sizes)
         health = health._replace(sizes_due=now + sizes_interval)
-    return health
+    for fetch_part in due:
+        try:
+            health = fetch_part(runtime, health, deadline, tallies)
+        except CriError as error:
+            failure = str(error)
+    return health, failure
 
 
-def fetch_statuses(runtime: Runtime, containers: Sequence[cri.Container], known: Dict[str, Tuple[int, wire.ContainerStatus]],
-                   deadline: float, tallies: Dict[str, CallTally]) -> Dict[str, Tuple[int, wire.ContainerStatus]]:
-    """The status of each container in its present state; asked once, for a few containers a cycle, all at once."""
-    statuses = {container.id: known[container.id] for container in containers if container.id in known}
-    stale = [container for container in containers if statuses.get(container.id, (None,))[0] != container.state]
+def fetch_statuses(runtime: Runtime, containers: Sequence[cri.Container], known: Statuses, again: bool, deadline: float,
+                   tallies: Dict[str, CallTally]) -> Tuple[Statuses, Optional[str]]:
+    """The status of each container in its present state, asked once, for some containers a cycle, all at once; of those
+    that have not answered only `again`, now and then. And why there is no answer."""
+    statuses, failure = {container.id: known[container.id] for container in containers if container.id in known}, None
+    stale = [container for container in containers
+             if container.id not in statuses or statuses[container.id][0] != container.state
+             or again and statuses[container.id][1] is None]
     calls = [(container, start_call(runtime.channel, runtime.service, 'ContainerStatus', seconds_until(deadline),
                                     cri.ContainerStatusRequest(container_id=container.id).SerializeToString()))
              for container in stale[:STATUSES_PER_CYCLE]]
     for container, call in calls:
-        with contextlib.suppress(CriError):
+        statuses[container.id] = container.state, None
+        try:
             statuses[container.id] = container.state, build_status(fetch(call, tallies).status)
-    return statuses
+        except CriError as error:
+            # A container that is gone by now is no trouble.
+            failure = failure if error.code in (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.UNKNOWN) else str(error)
+    return statuses, failure
 
 
 def view_pods(roots: Roots, cgroups: CgroupsMemory, sandboxes: Iterable[cri.PodSandbox],
@@ -2478,7 +2512,7 @@ class KernelSide(NamedTuple):
     cgroups: Dict[str, CgroupSample]
     views: Dict[str, PodView]
     memory: CgroupsMemory
-    failures: Dict[str, str]
+    failures: Dict[str, Optional[str]]
 
 
 def collect_kernel_side(roots: Roots, memory: CgroupsMemory, sandboxes: Sequence[cri.PodSandbox],
@@ -2487,8 +2521,8 @@ def collect_kernel_side(roots: Roots, memory: CgroupsMemory, sandboxes: Sequence
     memory = find_cgroups(roots, memory, ready.union(running))
     cgroups, memory, trouble = collect_cgroups(roots, memory, running)
     views, pod_trouble = view_pods(roots, memory, sandboxes, containers)
-    failures = {'cgroups': trouble, 'pods': pod_trouble}
-    return KernelSide(cgroups, views, memory, {subject: text for subject, text in failures.items() if text})
+    failures = {'cgroups': trouble, 'pod cgroups': pod_trouble}
+    return KernelSide(cgroups, views, memory, failures)
 
 
 def keep_layers(known: Dict[str, cri.FilesystemUsage], containers: Iterable[cri.Container],
@@ -2513,13 +2547,16 @@ def collect_inventory(roots: Roots, options: argparse.Namespace, memory: PodsMem
     stats, stats_memory, failure = (), memory.stats, None
     if stats_memory.call or time.monotonic() >= health.sizes_due or kernel.cgroups.keys() != set(running):
         stats, stats_memory, failure = fetch_stats(runtime, stats_memory, deadline, tallies)
+    again = time.monotonic() >= health.conditions_due
+    statuses, status_failure = fetch_statuses(runtime, containers, memory.statuses, again, deadline, tallies)
     health = health._replace(layers=keep_layers(health.layers, containers, stats))
-    health = fetch_health(runtime, health, deadline, tallies, options.fs_stats_interval)
-    statuses = fetch_statuses(runtime, containers, memory.statuses, deadline, tallies)
+    health, health_failure = fetch_health(runtime, health, deadline, tallies, options.fs_stats_interval)
     inventory = Inventory(sandboxes, containers, {entry.attributes.id: entry for entry in stats}, kernel.cgroups,
                           kernel.views, health.layers, statuses)
     memory = memory._replace(stats=stats_memory, health=health, cgroups=kernel.memory, statuses=statuses)
-    return inventory, memory, {**kernel.failures, **({'container statistics': failure} if failure else {})}
+    failures = {**kernel.failures, 'container statistics': failure, 'container status': status_failure,
+                'runtime health': health_failure}
+    return inventory, memory, {subject: text for subject, text in failures.items() if text}
 
 
 def keep_runtime(roots: Roots, socket_path: Optional[str], memory: PodsMemory, deadline: float,
@@ -3238,8 +3275,10 @@ def render_pressure(node: wire.NodeMetrics) -> List[str]:
 
 
 def render_disk_usages(node: wire.NodeMetrics) -> List[str]:
-    rows = [(disk.mountpoint, disk.device, disk.fstype, human_bytes(disk.total), human_bytes(disk.used),
-             human_bytes(disk.free), f'{disk.used_percent:.1f} %') for disk in node.disk_usages]
+    rows = [(disk.mountpoint, disk.device, disk.fstype,
+             *(('-', '-', '-', 'stuck') if disk.stuck else
+               (human_bytes(disk.total), human_bytes(disk.used), human_bytes(disk.free), f'{disk.used_percent:.1f} %')))
+            for disk in node.disk_usages]
     return render_columns(('FILE SYSTEM', 'DEVICE', 'TYPE', 'SIZE', 'USED', 'FREE', 'USE%'), rows)
 
 
