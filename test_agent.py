@@ -100,6 +100,18 @@ CPU part\t: 0xd0c
 CPU revision\t: 1
 
 '''
+# kernel 6.12, Debian 13, x86_64
+LOADAVG = '1.38 1.73 0.83 2/229 2859\n'
+FILE_NR = '832\t0\t9223372036854775807\n'
+# kernel 6.12, Debian 13, x86_64; some lines
+VMSTAT = '''\
+nr_free_pages 882382
+pgpgin 816650
+pswpin 0
+pgfault 362743
+pgmajfault 1683
+oom_kill 4
+'''
 # kernel 6.12, Debian 13, x86_64; the first lines and some of the last
 MEMINFO = '''\
 MemTotal:        4015532 kB
@@ -165,6 +177,34 @@ fe800000000000000000000000000000 40 {ZEROS} 00 {ZEROS} 00000100 00000002 0000000
 {ZEROS} 00 {ZEROS} 00 fe800000000000000000000000000002 00000400 00000001 00000000 00450003     eth0
 {ZEROS} 00 {ZEROS} 00 {ZEROS} ffffffff 00000001 00000000 00200200       lo
 '''
+# kernel 6.12, Debian 13, x86_64; two of the protocols
+SNMP = '''\
+Tcp: RtoAlgorithm RtoMin RtoMax MaxConn ActiveOpens PassiveOpens AttemptFails EstabResets CurrEstab InSegs OutSegs RetransSegs InErrs
+Tcp: 1 200 120000 -1 0 171 0 7 1 6042 118723 9 0
+Udp: InDatagrams NoPorts InErrors OutDatagrams RcvbufErrors SndbufErrors InCsumErrors IgnoredMulti MemErrors
+Udp: 0 0 0 0 0 0 0 2 0
+'''
+# kernel 6.12, Debian 13, x86_64; some columns
+NETSTAT = '''\
+TcpExt: SyncookiesSent TW DelayedACKs ListenOverflows ListenDrops TCPHPHits TCPSynRetrans TCPOrigDataSent
+TcpExt: 0 99 14 0 0 13 27 118239
+IpExt: InNoRoutes InTruncatedPkts InOctets OutOctets
+IpExt: 0 0 366352 169221348
+'''
+# kernel 6.12, Debian 13, x86_64
+SOCKSTAT = '''\
+sockets: used 134
+TCP: inuse 3 orphan 0 tw 50 alloc 5 mem 0
+UDP: inuse 1 mem 0
+UDPLITE: inuse 0
+RAW: inuse 0
+FRAG: inuse 0 memory 0
+'''
+# kernel 6.12, Debian 13, x86_64: two CPUs; the last columns left out
+SOFTNET_STAT = '''\
+000021d7 00000000 0000001c 00000000 00000000 00000000 00000000 00000000 00000000 00000000
+00002760 00000000 0000001c 00000000 00000000 00000000 00000000 00000000 00000000 00000000
+'''
 # Debian 13; without the addresses
 OS_RELEASE = '''\
 PRETTY_NAME="Debian GNU/Linux 13 (trixie)"
@@ -178,6 +218,32 @@ ID=debian
 # kernel 6.12, Debian 13, x86_64
 UPTIME = '261.95 208.96\n'
 
+# kernel 6.12, Debian 13, x86_64, cgroup v2: a container limited to 10 % of a CPU, a pod whose container was killed
+CPU_STAT = '''\
+usage_usec 18820166
+user_usec 16435552
+system_usec 2384613
+nice_usec 0
+nr_periods 1764
+nr_throttled 1762
+throttled_usec 155951645
+nr_bursts 0
+burst_usec 0
+'''
+CPU_MAX = '10000 100000\n'
+MEMORY_EVENTS = 'low 0\nhigh 0\nmax 48\noom 1\noom_kill 2\noom_group_kill 1\n'
+IO_STAT = '254:0 rbytes=629145600 wbytes=629145600 rios=688 wios=903 dbytes=0 dios=0\n'
+# kernel 6.18, x86_64, cgroup v1
+BLKIO = '''\
+254:0 Read 4194304
+254:0 Write 2097152
+254:0 Sync 6291456
+254:0 Async 0
+254:0 Discard 0
+254:0 Total 6291456
+Total 6291456
+'''
+
 # A node of one CPU, with texts from above: the kernel's file by its path under the root.
 NODE = {
     'proc/stat': STAT.replace('cpu1 5597 0 7830 10707 40 0 245 0 0 0\n', ''),
@@ -186,6 +252,15 @@ NODE = {
     'proc/pressure/cpu': PRESSURE_CPU,
     'proc/pressure/memory': 'some avg10=1.50 avg60=2.50 avg300=3.50 total=4\nfull avg10=5.50 avg60=6.50 avg300=7.50 total=8\n',
     'proc/pressure/io': 'some avg10=0.01 avg60=0.02 avg300=0.03 total=9\n',
+    'proc/pressure/irq': 'full avg10=0.04 avg60=0.05 avg300=0.06 total=10\n',
+    'proc/loadavg': LOADAVG,
+    'proc/vmstat': VMSTAT,
+    'proc/sys/fs/file-nr': FILE_NR,
+    'proc/sys/kernel/threads-max': '31175\n',
+    'proc/sys/kernel/pid_max': '4194304\n',
+    'proc/sys/net/netfilter/nf_conntrack_count': '129\n',
+    'proc/sys/net/netfilter/nf_conntrack_max': '65536\n',
+    'proc/1/net/snmp': SNMP, 'proc/1/net/netstat': NETSTAT, 'proc/1/net/sockstat': SOCKSTAT, 'proc/1/net/softnet_stat': SOFTNET_STAT,
     'proc/1/statm': f'9 {2 ** 20 // agent.PAGE_SIZE_BYTES} 3 4 5 6 7\n',
     'proc/1/comm': 'systemd\n',
     'proc/1/mountinfo': MOUNTINFO,
@@ -210,6 +285,11 @@ NODE = {
     'sys/class/net/lo/address': '00:00:00:00:00:00\n',
     'sys/class/net/enp0s3/ifindex': '2\n', 'sys/class/net/enp0s3/mtu': '1500\n', 'sys/class/net/enp0s3/flags': '0x1003\n',
     'sys/class/net/enp0s3/address': '52:54:00:d1:3d:13\n',
+    'sys/class/net/enp0s3/operstate': 'up\n', 'sys/class/net/enp0s3/carrier': '1\n', 'sys/class/net/enp0s3/speed': '-1\n',
+    'sys/fs/cgroup/cgroup.controllers': 'cpu io memory pids\n',
+    'sys/fs/cgroup/system.slice/kubelet.service/cpu.stat': CPU_STAT,
+    'sys/fs/cgroup/system.slice/kubelet.service/memory.current': '7258112\n',
+    'sys/fs/cgroup/system.slice/ssh.service/cpu.stat': CPU_STAT,
     'etc/os-release': OS_RELEASE,
     'etc/debian_version': '13.7\n',
     'etc/machine-id': 'D249C0486159F80557CE12D99828162B\n',
@@ -276,6 +356,15 @@ class AgentTest(unittest.TestCase):
         for arguments, result in table:
             with self.subTest(arguments=arguments):
                 self.assertEqual(result, function(*arguments))
+
+
+    def settled(self, oracle, ours):
+        """What both say while nothing moves: read again until the oracle says the same before and after."""
+        for _ in range(20):
+            before, value = oracle(), ours()
+            if before == oracle():
+                break
+        return before, value
 
 
 LIVE = agent.Roots('/proc', '/sys', '/')
@@ -1044,6 +1133,10 @@ class FilesTest(AgentTest):
 
 # --- CPU
 
+# `cpu 1 2 3 4`
+FOUR = wire.CpuSeconds(user=0.01, nice=0.02, system=0.03, idle=0.04)
+
+
 class CpuTest(AgentTest):
     def test_stat(self):
         ten = ' '.join(map(str, range(1, 11)))
@@ -1117,20 +1210,50 @@ class CpuTest(AgentTest):
             'sys/devices/system/cpu/cpu0/topology/core_id': '8\n',
             'sys/devices/system/cpu/cpu0/cpufreq/cpuinfo_max_freq': '3500999\n',
         })
-        self.assertEqual({'boot_time': 5, 'total_cpu_percentage': None, 'cpu_infos': [
+        self.assertEqual([
             wire.CpuInfo(cpu=0, cores=1, model='QEMU TCG CPU version 2.5+', vendor_id='AuthenticAMD', mhz=3500,
-                         physical_id='7', core_id='8'),
-            wire.CpuInfo(cpu=3)]}, fields)
+                         physical_id='7', core_id='8', seconds=FOUR), wire.CpuInfo(cpu=3, seconds=FOUR)], fields['cpu_infos'])
+        self.assertEqual((5, None), (fields['boot_time'], fields['total_cpu_percentage']))
+
+    def test_seconds_are_hundredths_in_the_order_of_the_columns(self):
+        times, _ = agent.parse_stat('cpu 100 200 300 400 500 600 700 800 900 1000\n')
+        self.assertEqual(wire.CpuSeconds(user=1, nice=2, system=3, idle=4, iowait=5, irq=6, softirq=7, steal=8, guest=9,
+                                         guest_nice=10), agent.build_cpu_seconds(times['cpu']))
+
+    def test_idle_and_iowait_never_go_back_by_a_little(self):
+        """By more than three seconds, the CPU was offline meanwhile."""
+        before = agent.CpuTimes(1, 1, 1, 1000, 1000)
+        self.check_table(lambda idle, iowait: agent.without_steps_back(before, agent.CpuTimes(2, 2, 2, idle, iowait))[:5], [
+            ((1001, 1002), (2, 2, 2, 1001, 1002)), ((701, 1002), (2, 2, 2, 1000, 1002)), ((700, 999), (2, 2, 2, 700, 1000)),
+            ((0, 0), (2, 2, 2, 0, 0))])
+        _, first = self.collect({'proc/stat': 'cpu 1 1 1 50 60\n'})
+        fields, second = self.collect({'proc/stat': 'cpu 2 1 1 40 50\n'}, first)
+        self.assertEqual((0.5, 0.6), (fields['cpu_seconds'].idle, fields['cpu_seconds'].iowait))
+        self.assertEqual((50, 60), second.times['cpu'][3:5])
+
+    def test_kernel_activity(self):
+        fields, _ = self.collect({'proc/stat': STAT})
+        self.assertEqual(wire.KernelActivity(procs_running=2, procs_blocked=0, forks_total=2860, context_switches_total=297051,
+                                             interrupts_total=223011), fields['kernel_activity'])
+
+    def test_counters_are_those_of_vmstat(self):
+        def oracle():
+            words = (line.split(None, 1) for line in self.tool('vmstat', '-s').splitlines())
+            names = {'interrupts': 'interrupts_total', 'CPU context switches': 'context_switches_total', 'forks': 'forks_total'}
+            return {names[name]: int(number) for number, name in words if name in names}
+        before, fields, after = oracle(), agent.collect_cpu(LIVE, None)[0], oracle()
+        for name in before:
+            self.assertTrue(before[name] <= getattr(fields['kernel_activity'], name) <= after[name], name)
 
     def test_cpu_without_sysfs_has_the_topology_of_cpuinfo(self):
         fields, _ = self.collect({'proc/stat': 'cpu1 1 2 3 4\n', 'proc/cpuinfo': CPUINFO_X86})
         self.assertEqual([wire.CpuInfo(cpu=1, cores=1, model='QEMU TCG CPU version 2.5+', vendor_id='AuthenticAMD',
-                                       mhz=2596, physical_id='0', core_id='1')], fields['cpu_infos'])
+                                       mhz=2596, physical_id='0', core_id='1', seconds=FOUR)], fields['cpu_infos'])
 
     def test_arm_cpu_has_names_and_package_minus_one_is_none(self):
         topology = {f'sys/devices/system/cpu/cpu0/topology/{name}': '-1\n' for name in ('physical_package_id', 'core_id')}
         fields, _ = self.collect({'proc/stat': 'cpu0 1 2 3 4\n', 'proc/cpuinfo': CPUINFO_ARM, **topology})
-        self.assertEqual([wire.CpuInfo(cpu=0, model='Neoverse-N1', vendor_id='ARM')], fields['cpu_infos'])
+        self.assertEqual([wire.CpuInfo(cpu=0, model='Neoverse-N1', vendor_id='ARM', seconds=FOUR)], fields['cpu_infos'])
 
     def test_usage_is_since_the_previous_sample(self):
         _, before = self.collect({'proc/stat': 'cpu 10 0 0 10\ncpu0 5 0 0 5\ncpu1 5 0 0 5\n'})
@@ -1156,9 +1279,100 @@ class CpuTest(AgentTest):
         self.assertEqual(int(self.tool('env', '-u', 'OMP_NUM_THREADS', '-u', 'OMP_THREAD_LIMIT', 'nproc')), len(numbers))
 
 
+# --- load
+
+class LoadTest(AgentTest):
+    def test_loadavg(self):
+        self.check_parse(agent.parse_loadavg, {
+            'real': (LOADAVG, agent.LoadAvg(1.38, 1.73, 0.83, 2, 229)),
+            'counting': ('1.5 2.5 3.5 4/5 6\n', agent.LoadAvg(load1=1.5, load5=2.5, load15=3.5, runnable_threads=4, threads=5)),
+            'extra column and line': ('1 2 3 4/5 6 7\nx\n', agent.LoadAvg(1, 2, 3, 4, 5)),
+        }, {
+            'cut': ('1 2 3\n', "loadavg: malformed line: '1 2 3'"), 'no slash': ('1 2 3 4 5\n', "'1 2 3 4 5'"),
+            'not a number': ('1 x 3 4/5 6\n', "'1 x 3 4/5 6'"), 'empty': ('', 'loadavg'),
+        })
+
+    def test_load_is_a_message_of_the_same_names(self):
+        fields, _ = agent.collect_load(roots_below(self.tree({'proc/loadavg': '1 2 3 4/5 6\n'})), None)
+        self.assertEqual(wire.LoadAverage(load1=1, load5=2, load15=3, runnable_threads=4, threads=5), fields['load_average'])
+
+    def test_load_is_that_of_uptime(self):
+        listed, fields = self.settled(lambda: re.findall(r'[\d.]+', self.tool('uptime').partition('load average:')[2]),
+                                      lambda: agent.collect_load(LIVE, None)[0])
+        load = fields['load_average']
+        for text, value in zip(listed, (load.load1, load.load5, load.load15)):
+            self.assertAlmostEqual(float(text), value, delta=0.5)
+
+
+# --- limits of the kernel
+
+class KernelLimitsTest(AgentTest):
+    def test_file_nr(self):
+        self.check_parse(agent.parse_file_nr, {
+            'real': (FILE_NR, (832, 2 ** 63 - 1)), 'counting': ('1 2 3\n', (1, 3)),
+        }, {
+            'cut': ('1 2\n', "file-nr: malformed line: '1 2'"), 'not a number': ('x 0 3\n', "'x 0 3'"), 'empty': ('', 'file-nr'),
+        })
+
+    def collect(self, files):
+        return agent.collect_kernel_limits(roots_below(self.tree(files)), None)[0]['kernel_limits']
+
+    def test_limits_of_their_files(self):
+        self.assertEqual(wire.KernelLimits(
+            file_descriptors_allocated=832, file_descriptors_max=2 ** 63 - 1, threads=229, threads_max=31175, pid_max=4194304,
+            conntrack_entries=129, conntrack_max=65536), self.collect(NODE))
+
+    def test_conntrack_is_absent_until_its_module_is_loaded(self):
+        limits = self.collect({path: text for path, text in NODE.items() if 'conntrack' not in path})
+        self.assertFalse(limits.HasField('conntrack_entries') or limits.HasField('conntrack_max'))
+        self.assertTrue(limits.HasField('pid_max'))
+
+    def test_limits_are_those_of_sysctl(self):
+        names = ('fs.file-nr', 'kernel.threads-max', 'kernel.pid_max')
+        listed, fields = self.settled(lambda: self.tool('sysctl', '-n', *names).split(),
+                                      lambda: agent.collect_kernel_limits(LIVE, None)[0])
+        limits = fields['kernel_limits']
+        self.assertAlmostEqual(int(listed[0]), limits.file_descriptors_allocated, delta=500)
+        self.assertEqual([int(number) for number in listed[2:]],
+                         [limits.file_descriptors_max, limits.threads_max, limits.pid_max])
+
+
 # --- memory
 
 class MemoryTest(AgentTest):
+    def test_vmstat(self):
+        self.check_parse(lambda text: agent.parse_key_values('vmstat', text), {
+            'real': (VMSTAT, {'nr_free_pages': 882382, 'pgpgin': 816650, 'pswpin': 0, 'pgfault': 362743, 'pgmajfault': 1683,
+                              'oom_kill': 4}),
+            'no line feed at the end': ('a 1\nb -2', {'a': 1, 'b': -2}), 'empty': ('', {}),
+        }, {
+            'no number': ('a 1\noom_kill\n', "vmstat: malformed line: 'oom_kill'"), 'not a number': ('a x\n', "'a x'"),
+            'three words': ('a 1 2\n', "'a 1 2'"),
+        })
+
+    def test_detail_and_vmstat_are_by_the_kernels_names(self):
+        names = ('MemFree Buffers Cached SReclaimable SUnreclaim Dirty Writeback Shmem AnonPages Mapped SwapTotal SwapFree '
+                 'HugePages_Total HugePages_Free Hugepagesize').split()
+        self.assertEqual(wire.MemoryDetail(
+            free_bytes=1, buffers_bytes=2, cached_bytes=3, slab_reclaimable_bytes=4, slab_unreclaimable_bytes=5, dirty_bytes=6,
+            writeback_bytes=7, shmem_bytes=8, anon_pages_bytes=9, mapped_bytes=10, swap_total_bytes=11, swap_free_bytes=12,
+            huge_pages_total=13, huge_pages_free=14, huge_page_size_bytes=15),
+            agent.build_memory_detail({name: number for number, name in enumerate(names, 1)}))
+        names = 'oom_kill pgfault pgmajfault pswpin pswpout'.split()
+        self.assertEqual(wire.Vmstat(oom_kill=1, pgfault=2, pgmajfault=3, pswpin=4, pswpout=5),
+                         agent.build_vmstat({name: number for number, name in enumerate(names, 1)}))
+        fields, _ = agent.collect_memory(roots_below(self.tree({'proc/vmstat': 'pgfault 7\n'})), None)
+        self.assertEqual((None, wire.Vmstat(pgfault=7)), (fields['memory_detail'], fields['vmstat']))
+
+    def test_detail_is_that_of_vmstat(self):
+        listed = {name: int(number) * 1024 for number, name in re.findall(r'(\d+) K (.*)', self.tool('vmstat', '-s'))}
+        detail = agent.collect_memory(LIVE, None)[0]['memory_detail']
+        self.assertEqual(listed['total swap'], detail.swap_total_bytes)
+        for name, value in {'free memory': detail.free_bytes, 'buffer memory': detail.buffers_bytes,
+                            'swap cache': detail.cached_bytes + detail.slab_reclaimable_bytes,
+                            'free swap': detail.swap_free_bytes}.items():
+            self.assertAlmostEqual(listed[name], value, delta=1 << 28, msg=name)
+
     def test_meminfo(self):
         self.check_parse(agent.parse_meminfo, {
             'real': (MEMINFO, {
@@ -1173,7 +1387,8 @@ class MemoryTest(AgentTest):
         })
 
     def collect(self, text):
-        return agent.collect_memory(roots_below(self.tree({'proc/meminfo': text})), None)[0]
+        fields, _ = agent.collect_memory(roots_below(self.tree({'proc/meminfo': text})), None)
+        return {name: value for name, value in fields.items() if name not in ('memory_detail', 'vmstat')}
 
     def test_used_is_what_is_not_available(self):
         unset = dict.fromkeys(('total_memory', 'available_memory', 'used_memory', 'memory_used_perc'))
@@ -1223,7 +1438,7 @@ class PressureTest(AgentTest):
     def test_absent_line_is_unset_and_zero_is_a_value(self):
         root = self.tree({'proc/pressure/cpu': 'full avg10=0.00 avg60=0.00 avg300=0.00 total=0\n', 'proc/pressure/io': ''})
         fields, _ = agent.collect_pressure(roots_below(root), None)
-        self.assertEqual({'psi_cpu_metrics', 'psi_memory_metrics', 'psi_io_metrics'}, fields.keys())
+        self.assertEqual({f'psi_{name}_metrics' for name in ('cpu', 'memory', 'io', 'irq')}, fields.keys())
         self.assertTrue(fields['psi_cpu_metrics'].full.HasField('total'))
         self.assertFalse(fields['psi_cpu_metrics'].HasField('some'))
         self.assertIsNone(fields['psi_memory_metrics'])
@@ -1289,8 +1504,8 @@ def mount(device_number, mountpoint, fstype='ext4', source='/dev/vda'):
 
 
 # f_bsize, f_frsize, f_blocks, f_bfree, f_bavail, f_files, f_ffree, f_favail, f_flag, f_namemax
-def space(blocks, free, available):
-    return os.statvfs_result((4096, 512, blocks, free, available, 6, 7, 8, 0, 255))
+def space(blocks, free, available, files=6, flag=0):
+    return os.statvfs_result((4096, 512, blocks, free, available, files, 7, 8, flag, 255))
 
 
 class FileSystemsTest(AgentTest):
@@ -1341,12 +1556,65 @@ class FileSystemsTest(AgentTest):
     def test_usage_is_in_fragments_and_free_is_for_unprivileged_users(self):
         self.check_table(agent.build_disk_usage, [
             ((mount('8:1', '/a', 'xfs', '/dev/x'), space(100, 70, 30)), wire.DiskUsage(
-                device='/dev/x', mountpoint='/a', fstype='xfs', total=51200, used=15360, free=15360, used_percent=50.0)),
+                device='/dev/x', mountpoint='/a', fstype='xfs', total=51200, used=15360, free=15360, used_percent=50.0,
+                inodes=6, inodes_free=8, read_only=False)),
             ((mount('8:1', '/a'), space(100, 0, 0)), wire.DiskUsage(
-                device='/dev/vda', mountpoint='/a', fstype='ext4', total=51200, used=51200, free=0, used_percent=100.0)),
-            ((mount('8:1', '/a'), space(100, 100, 0)), wire.DiskUsage(
-                device='/dev/vda', mountpoint='/a', fstype='ext4', total=51200, used=0, free=0)),
+                device='/dev/vda', mountpoint='/a', fstype='ext4', total=51200, used=51200, free=0, used_percent=100.0,
+                inodes=6, inodes_free=8, read_only=False)),
+            ((mount('8:1', '/a'), space(100, 100, 0, 0, os.ST_RDONLY | os.ST_NOSUID)), wire.DiskUsage(
+                device='/dev/vda', mountpoint='/a', fstype='ext4', total=51200, used=0, free=0, read_only=True)),
         ])
+
+    def hold(self, hanging, failing=()):
+        """statvfs of these mount points does not return before the end of the test, or fails with EIO; its mounts, in the
+        order in which they are asked, are those of the dictionary that is returned, which has the free blocks."""
+        released, asked = threading.Event(), []
+        self.addCleanup(lambda: [thread.join(10) for thread in threading.enumerate() if thread.name == 'statvfs'])
+        self.addCleanup(released.set)
+
+        def read_space(root, mountpoint):
+            asked.append(mountpoint)
+            if mountpoint in hanging:
+                released.wait(20)
+            if mountpoint in failing:
+                raise OSError(errno.EIO, 'dead')
+            return space(100, 70, 30)
+        for name, value in (('read_space', read_space), ('STATVFS_TIMEOUT_SECONDS', 0.1)):
+            patch = mock.patch.object(agent, name, value)
+            patch.start()
+            self.addCleanup(patch.stop)
+        return asked, released
+
+    def test_mount_that_hangs_is_stuck_alone_and_left_alone_until_it_returns(self):
+        root = self.tree({'proc/1/mountinfo': ''.join(f'1 2 {device} / /{name} rw - {kind} {source} rw\n' for device, name, kind, source in (
+            ('0:7', 'dead', 'nfs4', 's:/x'), ('8:1', 'broken', 'ext4', '/dev/sda1'), ('8:2', 'well', 'ext4', '/dev/sda2')))})
+        asked, released = self.hold({'/dead'}, {'/broken'})
+        before, seen = {}, []
+        for _ in range(3):
+            part = agent.collect_node(roots_below(root), before, 0)
+            before = part.after
+            seen.append({disk.mountpoint: (disk.stuck, disk.HasField('total')) for disk in part.message.disk_usages})
+            self.assertIn('mount /dead', part.failures)
+        self.assertEqual([{'/well': (False, True), '/dead': (True, False)}] * 3, seen)
+        self.assertEqual(1, asked.count('/dead'))
+        self.assertEqual(1, sum(thread.name == 'statvfs' for thread in threading.enumerate()))
+        for row in agent.render_disk_usages(part.message):
+            self.assertFalse('/dead' in row and ' 0' in row, row)
+        released.set()
+        before['file systems']['/dead'].join(10)
+        part = agent.collect_node(roots_below(root), before, 0)
+        self.assertEqual(({'/well', '/dead'}, {}), ({disk.mountpoint for disk in part.message.disk_usages if disk.HasField('total')},
+                                                    {name: why for name, why in part.failures.items() if 'mount' in name}))
+
+    def test_inodes_are_those_of_df(self):
+        fields, _ = agent.collect_disk_usages(LIVE, None)
+        for disk in fields['disk_usages']:
+            total, free = self.tool('df', '--output=itotal,iavail', disk.mountpoint).split()[2:]
+            with self.subTest(disk.mountpoint):
+                self.assertEqual(int(total) if total != '-' else 0, disk.inodes)
+                self.assertAlmostEqual(int(free) if free != '-' else 0, disk.inodes_free, delta=5000)
+        if not fields['disk_usages']:
+            self.skipTest('no file system of its own here')
 
     def collect(self, files):
         return [(disk.mountpoint, disk.HasField('total'))
@@ -1379,14 +1647,18 @@ class DiskIoTest(AgentTest):
     def test_diskstats(self):
         columns = '   1       2 sda ' + ' '.join(map(str, range(3, 20)))
         counting = [agent.DiskStats('sda', reads=3, reads_merged=4, read_sectors=5, read_ms=6, writes=7, writes_merged=8,
-                                    written_sectors=9, write_ms=10)]
+                                    written_sectors=9, write_ms=10, in_progress=11, io_ms=12, weighted_io_ms=13, discards=14,
+                                    discards_merged=15, discarded_sectors=16, discard_ms=17, flushes=18, flush_ms=19)]
+        old = counting[0]._replace(flushes=None, flush_ms=None)
+        oldest = old._replace(discards=None, discards_merged=None, discarded_sectors=None, discard_ms=None)
         self.check_parse(agent.parse_diskstats, {
-            'real': (DISKSTATS, [agent.DiskStats('vda', 3739, 488, 1629322, 4249, 3588, 3074, 1308976, 14908),
-                                 agent.DiskStats('vda1', 3653, 488, 1626698, 4160, 3587, 3074, 1308976, 14906),
-                                 agent.DiskStats('vdb', 135, 0, 3978, 108, 1, 0, 8, 3)]),
+            'real': (DISKSTATS, [
+                agent.DiskStats('vda', 3739, 488, 1629322, 4249, 3588, 3074, 1308976, 14908, 0, 6104, 19638, 0, 0, 0, 0, 801, 479),
+                agent.DiskStats('vda1', 3653, 488, 1626698, 4160, 3587, 3074, 1308976, 14906, 0, 7052, 19066, 0, 0, 0, 0, 0, 0),
+                agent.DiskStats('vdb', 135, 0, 3978, 108, 1, 0, 8, 3, 0, 108, 112, 0, 0, 0, 0, 1, 0)]),
             'since 5.5': (columns, counting),
-            'since 4.18': (columns.rsplit(' ', 2)[0], counting),
-            'oldest': (columns.rsplit(' ', 6)[0], counting),
+            'since 4.18': (columns.rsplit(' ', 2)[0], [old]),
+            'oldest': (columns.rsplit(' ', 6)[0], [oldest]),
             'extra column': (columns + ' 20', counting),
             'empty': ('', []),
         }, {
@@ -1395,10 +1667,20 @@ class DiskIoTest(AgentTest):
         })
 
     def test_sectors_are_512_bytes_and_disks_are_summed(self):
-        first, second = agent.DiskStats('a', *range(1, 9)), agent.DiskStats('b', *range(101, 109))
+        first, second = agent.DiskStats('a', *range(1, 12)), agent.DiskStats('b', *range(101, 112))
         self.assertEqual(wire.DiskIOSummary(total_read_bytes=512 * (3 + 103), total_write_bytes=512 * (7 + 107),
                                             total_read_ops=1 + 101, total_write_ops=5 + 105),
                          agent.build_disk_io_summary([first, second]))
+
+    def test_a_disk_has_bytes_and_seconds(self):
+        self.assertEqual(wire.DiskIo(
+            device='sda', reads_total=1, reads_merged_total=2, read_bytes_total=3 * 512, read_seconds_total=0.004, writes_total=5,
+            writes_merged_total=6, written_bytes_total=7 * 512, write_seconds_total=0.008, in_progress=9, io_seconds_total=0.01,
+            weighted_io_seconds_total=0.011, discards_total=12, discards_merged_total=13, discarded_bytes_total=14 * 512,
+            discard_seconds_total=0.015, flushes_total=16, flush_seconds_total=0.017),
+            agent.build_disk_io(agent.DiskStats('sda', *range(1, 18))))
+        oldest = agent.build_disk_io(agent.DiskStats('sda', *range(1, 12)))
+        self.assertEqual([], [field.name for field, _ in oldest.ListFields() if 'discard' in field.name or 'flush' in field.name])
 
     def test_only_whole_disks_count(self):
         whole = ('vda', 'nvme0n1', 'cciss!c0d0', 'mmcblk0', 'nbd0', 'rbd0')
@@ -1410,12 +1692,14 @@ class DiskIoTest(AgentTest):
             **{f'sys/block/{name}/size': '1\n' for name in whole + others}})
         fields, _ = agent.collect_disk_io(roots_below(root), None)
         self.assertEqual(len(whole), fields['disk_io_summary'].total_read_ops)
+        made_of_disks = [name for name in others if not name.startswith(('loop', 'ram', 'zram', 'sr', 'fd'))]
+        self.assertEqual([*(name.replace('!', '/') for name in whole), *made_of_disks], [disk.device for disk in fields['disks']])
 
     def test_without_disks_the_summary_is_unset(self):
         for files in ({}, {'proc/diskstats': DISKSTATS}, {'sys/block/vda/size': '1\n'}):
             with self.subTest(files.keys()):
                 fields, _ = agent.collect_disk_io(roots_below(self.tree(files)), None)
-                self.assertEqual({'disk_io_summary': None}, fields)
+                self.assertEqual({'disk_io_summary': None, 'disks': []}, fields)
 
 
 # --- interface addresses
@@ -1545,15 +1829,51 @@ class NetworkTest(AgentTest):
 
     def test_interface_of_sysfs(self):
         root, address = self.tree(NODE), agent.Address
-        addresses = [address(2, socket.AF_INET, '192.0.2.1', 24, 0), address(1, socket.AF_INET, '127.0.0.1', 8, 254),
-                     address(2, socket.AF_INET6, '2001:db8::1', 64, 0)]
-        self.check_table(lambda name: agent.collect_interface(roots_below(root), name, addresses), [
+        addresses = {2: [address(2, socket.AF_INET, '192.0.2.1', 24, 0), address(2, socket.AF_INET6, '2001:db8::1', 64, 0)],
+                     1: [address(1, socket.AF_INET, '127.0.0.1', 8, 254)]}
+        columns = agent.NetDev(*range(1, 17))
+        counters = wire.InterfaceCounters(
+            rx_bytes=1, rx_packets=2, rx_errs=3, rx_drop=4, rx_fifo=5, rx_frame=6, rx_compressed=7, rx_multicast=8, tx_bytes=9,
+            tx_packets=10, tx_errs=11, tx_drop=12, tx_fifo=13, tx_colls=14, tx_carrier=15, tx_compressed=16)
+        self.check_table(lambda name: agent.collect_interface(roots_below(root), name, columns, addresses), [
             (('enp0s3',), wire.InterfaceStat(
                 index=2, mtu=1500, name='enp0s3', hardwareAddr='52:54:00:d1:3d:13', flags=['up', 'broadcast', 'multicast'],
-                addrs=['192.0.2.1/24', '2001:db8::1/64'])),
-            (('lo',), wire.InterfaceStat(index=1, mtu=65536, name='lo', flags=['up', 'loopback'], addrs=['127.0.0.1/8'])),
-            (('gone',), wire.InterfaceStat(name='gone')),
+                addrs=['192.0.2.1/24', '2001:db8::1/64'], operstate='up', carrier=True, counters=counters)),
+            (('lo',), wire.InterfaceStat(index=1, mtu=65536, name='lo', flags=['up', 'loopback'], addrs=['127.0.0.1/8'],
+                                         counters=counters)),
+            (('gone',), wire.InterfaceStat(name='gone', counters=counters)),
         ])
+
+    def test_link_that_is_down_has_no_speed(self):
+        def link(**files):
+            root = self.tree({f'sys/class/net/eth0/{name}': f'{text}\n' for name, text in files.items()})
+            found = agent.collect_link(roots_below(root), 'class/net/eth0', agent.NetDev(*[0] * 16))
+            return [getattr(found, name) if found.HasField(name) else None for name in ('operstate', 'carrier', 'speed_mbits')]
+        self.assertEqual(['up', True, 10000], link(operstate='up', carrier='1', speed='10000'))
+        self.assertEqual(['down', False, None], link(operstate='down', carrier='0', speed='-1'))
+        self.assertEqual([None, None, None], link(mtu='1'))
+
+    def test_pods_ends_have_no_counters(self):
+        pods_ends = ('veth9e351196', 'cali1a2b3c', 'lxc12ab', 'eni0123456789a', 'gke12', 'azv1', 'tap0')
+        nodes_own = ('eth0', 'ens5', 'eni0', 'cni0', 'lo', 'bond0.5', 'wlan0', 'docker0', 'cilium_host')
+        root = self.tree({'proc/net/dev': ''.join(f'{name}: {"1 " * 16}\n' for name in pods_ends + nodes_own)})
+        fields, _ = agent.collect_network(roots_below(root), None)
+        counted = [link.name for link in fields['network_interfaces'] if link.HasField('counters')]
+        self.assertEqual((list(nodes_own), len(pods_ends + nodes_own)), (counted, len(fields['network_interfaces'])))
+        self.assertEqual(len(pods_ends + nodes_own), fields['net_usage'].total_packets_sent)
+
+    def test_counters_are_those_of_ip(self):
+        def oracle():
+            return {link['ifname']: link for link in json.loads(self.tool('ip', '-s', '-j', 'link'))}
+        before, fields, after = oracle(), agent.collect_network(LIVE, None)[0], oracle()
+        names = {'bytes': 'bytes', 'packets': 'packets', 'errors': 'errs', 'dropped': 'drop'}
+        for link in fields['network_interfaces']:
+            with self.subTest(link.name):
+                self.assertEqual(after[link.name]['operstate'].lower(), link.operstate or after[link.name]['operstate'].lower())
+                for way, ip, ours in ((way, ip, ours) for way in ('rx', 'tx') for ip, ours in names.items()):
+                    number = getattr(link.counters, f'{way}_{ours}')
+                    if link.HasField('counters'):
+                        self.assertTrue(before[link.name]['stats64'][way][ip] <= number <= after[link.name]['stats64'][way][ip], ip)
 
     def test_network_of_another_procfs_is_that_of_process_1(self):
         root = self.tree({'proc/1/net/dev': NET_DEV, 'proc/net/dev': 'other0: ' + '1 ' * 16})
@@ -1582,6 +1902,88 @@ class NetworkTest(AgentTest):
         usable = [entry['local'] for link in links if link['ifname'] == first.get('dev')
                   for entry in link['addr_info'] if entry['scope'] == 'global']
         self.assertIn(address, usable or [None])
+
+
+# --- network protocols
+
+class NetworkProtocolsTest(AgentTest):
+    def test_snmp(self):
+        self.check_parse(agent.parse_snmp, {
+            'real': (SNMP.splitlines(True)[2] + SNMP.splitlines(True)[3], {
+                'UdpInDatagrams': 0, 'UdpNoPorts': 0, 'UdpInErrors': 0, 'UdpOutDatagrams': 0, 'UdpRcvbufErrors': 0,
+                'UdpSndbufErrors': 0, 'UdpInCsumErrors': 0, 'UdpIgnoredMulti': 2, 'UdpMemErrors': 0}),
+            'two protocols': ('Tcp: A B\nTcp: 1 -2\nUdp: A\nUdp: 3\n', {'TcpA': 1, 'TcpB': -2, 'UdpA': 3}),
+            'another order of columns': ('Tcp: B A\nTcp: 1 2\n', {'TcpB': 1, 'TcpA': 2}),
+            'empty': ('', {}),
+        }, {
+            'fewer numbers than names': ('Tcp: A B\nTcp: 1\n', "snmp: malformed line: ('Tcp: A B', 'Tcp: 1')"),
+            'another protocol': ('Tcp: A\nUdp: 1\n', "'Udp: 1'"), 'not a number': ('Tcp: A\nTcp: x\n', "'Tcp: x'"),
+            'blank line': ('Tcp: A\n\n', "'Tcp: A'"),
+        })
+        self.assertEqual(118239, agent.parse_snmp(NETSTAT)['TcpExtTCPOrigDataSent'])
+
+    def test_sockstat(self):
+        self.check_parse(agent.parse_sockstat, {
+            'real': (SOCKSTAT, {'socketsused': 134, 'TCPinuse': 3, 'TCPorphan': 0, 'TCPtw': 50, 'TCPalloc': 5, 'TCPmem': 0,
+                                'UDPinuse': 1, 'UDPmem': 0, 'UDPLITEinuse': 0, 'RAWinuse': 0, 'FRAGinuse': 0, 'FRAGmemory': 0}),
+            'empty': ('', {}),
+        }, {'not a number': ('TCP: inuse x\n', "sockstat: malformed line: 'TCP: inuse x'"), 'blank line': ('\n', "''")})
+
+    def test_softnet_stat(self):
+        self.check_parse(agent.parse_softnet_stat, {
+            'real': (SOFTNET_STAT, (0x21d7 + 0x2760, 0, 0x1c * 2)),
+            'columns in order, summed': ('1 2 3 4\na b c d\n', (11, 13, 15)), 'oldest': ('1 2 3\n', (1, 2, 3)), 'empty': ('', (0, 0, 0)),
+        }, {'cut': ('1 2 3\n1 2\n', 'softnet_stat: malformed line'), 'not hexadecimal': ('1 x 3\n', "'1 x 3'")})
+
+    def test_every_number_has_its_field(self):
+        counting = iter(range(1, 99))
+        netstat = {f'TcpExt{name}': next(counting) for name in ('ListenOverflows', 'ListenDrops', 'TCPSynRetrans')}
+        snmp = {name: next(counting) for name in ('TcpRetransSegs', 'TcpInSegs', 'TcpOutSegs', 'TcpInErrs', 'UdpRcvbufErrors',
+                                                  'UdpSndbufErrors', 'UdpInErrors')}
+        sockstat = {name: next(counting) for name in ('socketsused', 'TCPinuse', 'TCPorphan', 'TCPtw', 'TCPalloc', 'TCPmem', 'UDPinuse')}
+        self.assertEqual(wire.NetworkProtocols(
+            tcp_listen_overflows_total=1, tcp_listen_drops_total=2, tcp_syn_retrans_total=3, tcp_retrans_segs_total=4,
+            tcp_in_segs_total=5, tcp_out_segs_total=6, tcp_in_errs_total=7, udp_rcvbuf_errors_total=8, udp_sndbuf_errors_total=9,
+            udp_in_errors_total=10, sockets_used=11, tcp_inuse=12, tcp_orphan=13, tcp_tw=14, tcp_alloc=15,
+            tcp_mem_bytes=16 * agent.PAGE_SIZE_BYTES, udp_inuse=17, softnet_processed_total=18, softnet_dropped_total=19,
+            softnet_squeezed_total=20), agent.build_network_protocols(netstat, snmp, sockstat, (18, 19, 20)))
+        self.assertEqual(wire.NetworkProtocols(), agent.build_network_protocols({}, {}, {}, None))
+
+    def test_one_file_alone_gives_its_fields(self):
+        for name, text in (('snmp', SNMP), ('netstat', NETSTAT), ('sockstat', SOCKSTAT), ('softnet_stat', SOFTNET_STAT)):
+            with self.subTest(name):
+                fields, _ = agent.collect_network_protocols(roots_below(self.tree({f'proc/net/{name}': text})), None)
+                self.assertIn(len(fields['network_protocols'].ListFields()), (3, 7))
+        self.assertEqual({}, agent.collect_network_protocols(roots_below(self.directory()), None)[0])
+
+    def test_sockets_are_those_of_ss(self):
+        def oracle():
+            return [int(number) for number in re.findall(r'Total: (\d+)|orphaned (\d+)|timewait (\d+)', self.tool('ss', '-s'))
+                    for number in number if number]
+        listed, fields = self.settled(oracle, lambda: agent.collect_network_protocols(LIVE, None)[0])
+        ours = fields['network_protocols']
+        self.assertAlmostEqual(listed[0], ours.sockets_used, delta=20)
+        self.assertAlmostEqual(listed[1], ours.tcp_orphan, delta=5)
+
+
+# --- clock
+
+class ClockTest(AgentTest):
+    def clock(self, status, offset):
+        timex = agent.TIMEX.pack(1, offset, 3, 4_000_000, 5, status)
+        return agent.build_clock_metrics(timex.ljust(agent.TIMEX_BYTES, b'\xff'))
+
+    def test_status_tells_synchronised_and_the_unit_of_the_offset(self):
+        unsynchronised, nanoseconds = 0x0040, 0x2000    # uapi/linux/timex.h: STA_UNSYNC, STA_NANO
+        self.check_table(self.clock, [
+            ((1, 2_000_000), wire.ClockMetrics(synchronized=True, offset_seconds=2.0, max_error_seconds=4.0)),
+            ((unsynchronised, -500_000), wire.ClockMetrics(synchronized=False, offset_seconds=-0.5, max_error_seconds=4.0)),
+            ((nanoseconds, 2_000_000), wire.ClockMetrics(synchronized=True, offset_seconds=0.002, max_error_seconds=4.0))])
+
+    def test_clock_is_this_machines_alone(self):
+        self.assertEqual({'clock': None}, agent.collect_clock(roots_below(self.tree(NODE)), None)[0])
+        clock = agent.collect_clock(LIVE, None)[0]['clock']
+        self.assertTrue(-0.6 < clock.offset_seconds < 0.6 and 0 <= clock.max_error_seconds <= 1e5, clock)
 
 
 # --- operating system
@@ -1660,16 +2062,24 @@ class NodeTest(AgentTest):
     def test_malformed_subject_is_left_out_and_the_rest_goes_out(self):
         root = self.tree(NODE)
         whole = {field.name for field, _ in agent.collect_node(roots_below(root), {}, 10).message.ListFields()}
-        for path, text, subject, missing in (
-                ('proc/stat', 'cpu x', 'cpu', {'boot_time', 'cpu_infos'}),
-                ('proc/cpuinfo', 'processor', 'cpu', {'boot_time', 'cpu_infos'}),
-                ('proc/meminfo', 'MemTotal', 'memory', {'total_memory', 'available_memory', 'used_memory', 'memory_used_perc'}),
-                ('proc/meminfo', f'MemTotal: {2 ** 64}', 'memory',
-                 {'total_memory', 'available_memory', 'used_memory', 'memory_used_perc'}),
-                ('proc/pressure/io', 'some', 'pressure', {'psi_cpu_metrics', 'psi_memory_metrics', 'psi_io_metrics'}),
+        cpu = {'boot_time', 'cpu_infos', 'cpu_seconds', 'kernel_activity'}
+        memory = {'total_memory', 'available_memory', 'used_memory', 'memory_used_perc', 'memory_detail', 'vmstat'}
+        for path, text, subjects, missing in (
+                ('proc/stat', 'cpu x', 'cpu', cpu),
+                ('proc/cpuinfo', 'processor', 'cpu', cpu),
+                ('proc/meminfo', 'MemTotal', 'memory', memory),
+                ('proc/meminfo', f'MemTotal: {2 ** 64}', 'memory', memory),
+                ('proc/vmstat', 'oom_kill', 'memory', memory),
+                ('proc/pressure/io', 'some', 'pressure', {f'psi_{name}_metrics' for name in ('cpu', 'memory', 'io', 'irq')}),
+                ('proc/loadavg', '1', 'load, kernel limits', {'load_average', 'kernel_limits'}),
+                ('proc/sys/fs/file-nr', '1', 'kernel limits', {'kernel_limits'}),
+                ('proc/sys/kernel/pid_max', 'x', 'kernel limits', {'kernel_limits'}),
+                ('proc/1/net/sockstat', 'TCP: x y', 'network protocols', {'network_protocols'}),
+                ('proc/1/net/softnet_stat', 'x', 'network protocols', {'network_protocols'}),
+                ('sys/fs/cgroup/system.slice/kubelet.service/cpu.stat', 'x', 'services', {'services'}),
                 ('proc/1/statm', 'x y', 'processes', {'procs', 'processes_mem_info'}),
                 ('proc/1/mountinfo', 'x', 'file systems', {'disk_usages'}),
-                ('proc/diskstats', 'x', 'disk I/O', {'disk_io_summary'}),
+                ('proc/diskstats', 'x', 'disk I/O', {'disk_io_summary', 'disks'}),
                 ('proc/1/net/dev', 'lo: 1', 'network', {'net_usage', 'network_interfaces'}),
                 ('sys/class/net/lo/mtu', 'wide', 'network', {'net_usage', 'network_interfaces'}),
                 ('proc/uptime', 'x', 'system', {'hostname', 'uptime', 'os', 'platform', 'platform_family', 'platform_version',
@@ -1678,7 +2088,7 @@ class NodeTest(AgentTest):
                 write_tree(root, {path: text})
                 part = agent.collect_node(roots_below(root), {}, 10)
                 write_tree(root, {path: NODE[path]})
-                self.assertEqual([subject], list(part.failures))
+                self.assertEqual(subjects.split(', '), list(part.failures))
                 self.assertEqual(missing, whole - {field.name for field, _ in part.message.ListFields()})
 
     def test_other_read_errors_are_a_failure_of_their_subject(self):
@@ -1844,7 +2254,7 @@ class CommandLineTest(AgentTest):
             {'relay_address': None, 'main_loop_duration': 5, 'buffer_retention': 10, 'buffer_max_size': 64, 'spool_dir': None,
              'spool_max_size': 512, 'relay_tls': False, 'relay_ca': None, 'relay_cert': None, 'relay_key': None,
              'relay_server_name': None, 'relay_token_file': None, 'top_n': 10, 'once': False, 'output': None,
-             'cri_socket': None, 'procfs': '/proc', 'sysfs': '/sys', 'rootfs': '/', 'log_level': 'info', 'log_file': None,
+             'container_stats': 'cgroup', 'fs_stats_interval': 60, 'cri_socket': None, 'procfs': '/proc', 'sysfs': '/sys', 'rootfs': '/', 'log_level': 'info', 'log_file': None,
              'log_max_size': 10, 'log_max_backups': 5, 'log_max_age': 30, 'log_compress': True},
             vars(agent.parse_options([], {})))
 
@@ -1856,6 +2266,8 @@ class CommandLineTest(AgentTest):
                 ('--main-loop-duration=0.1', 'main_loop_duration', 0.1), ('--buffer-retention=0.5', 'buffer_retention', 0.5),
                 ('--top-n=0', 'top_n', 0), ('--once', 'once', True), ('--once=false', 'once', False), ('--once=1', 'once', True),
                 ('--output=table', 'output', 'table'), ('--output=json', 'output', 'json'),
+                ('--container-stats=cri', 'container_stats', 'cri'), ('--container-stats=cgroup', 'container_stats', 'cgroup'),
+                ('--fs-stats-interval=1', 'fs_stats_interval', 1), ('--fs-stats-interval=0.5e2', 'fs_stats_interval', 50),
                 ('--log-level=debug', 'log_level', 'debug'),
                 ('--log-max-size=0.5', 'log_max_size', 0.5), ('--log-max-backups=0', 'log_max_backups', 0),
                 ('--log-max-age=0', 'log_max_age', 0), ('--log-compress=false', 'log_compress', False),
@@ -1878,6 +2290,8 @@ class CommandLineTest(AgentTest):
             '--top-n': ('-1', '1.5', 'x', 'NaN', ''),
             '--once': ('yes', '2', ''),
             '--output': ('xml', 'JSON', 'a\nb'),
+            '--container-stats': ('none', 'CRI', ''),
+            '--fs-stats-interval': ('0', '0.9', '-1', 'x', 'nan'),
             '--log-level': ('trace', 'INFO'),
             '--log-max-size': ('0', '-1', 'x'),
             '--log-max-backups': ('-1', '0.5'),
@@ -1955,23 +2369,57 @@ GOLDEN = r'''
 available_memory: "3637047296"
 boot_time: "1795425261"
 cpu_infos: {"core_id": "0", "cores": 1, "cpu": 0, "mhz": 2596, "model": "QEMU TCG CPU version 2.5+", "physical_id": "0",
-  "vendor_id": "AuthenticAMD"}
+  "seconds": {"guest": 0.0, "guest_nice": 0.0, "idle": 101.88, "iowait": 0.73, "irq": 0.0, "nice": 0.0, "softirq": 2.41,
+  "steal": 0.0, "system": 80.92, "user": 57.28}, "vendor_id": "AuthenticAMD"}
+cpu_seconds: {"guest": 0.0, "guest_nice": 0.0, "idle": 208.95, "iowait": 1.13, "irq": 0.0, "nice": 0.0, "softirq": 4.87,
+  "steal": 0.0, "system": 159.23, "user": 113.25}
 disk_io_summary: {"total_read_bytes": "836249600", "total_read_ops": "3874", "total_write_bytes": "670199808",
   "total_write_ops": "3589"}
-disk_usages: {"device": "/dev/vda1", "fstype": "ext4", "mountpoint": "/"}
-disk_usages: {"device": "/dev/vdb", "fstype": "ext4", "mountpoint": "/data"}
+disk_usages: {"device": "/dev/vda1", "fstype": "ext4", "mountpoint": "/", "read_only": false}
+disk_usages: {"device": "/dev/vdb", "fstype": "ext4", "mountpoint": "/data", "read_only": false}
+disks: {"device": "vda", "discard_seconds_total": 0.0, "discarded_bytes_total": "0", "discards_merged_total": "0",
+  "discards_total": "0", "flush_seconds_total": 0.479, "flushes_total": "801", "in_progress": "0", "io_seconds_total":
+  6.104, "read_bytes_total": "834212864", "read_seconds_total": 4.249, "reads_merged_total": "488", "reads_total":
+  "3739", "weighted_io_seconds_total": 19.638, "write_seconds_total": 14.908, "writes_merged_total": "3074",
+  "writes_total": "3588", "written_bytes_total": "670195712"}
+disks: {"device": "vdb", "discard_seconds_total": 0.0, "discarded_bytes_total": "0", "discards_merged_total": "0",
+  "discards_total": "0", "flush_seconds_total": 0.0, "flushes_total": "1", "in_progress": "0", "io_seconds_total":
+  0.108, "read_bytes_total": "2036736", "read_seconds_total": 0.108, "reads_merged_total": "0", "reads_total": "135",
+  "weighted_io_seconds_total": 0.112, "write_seconds_total": 0.003, "writes_merged_total": "0", "writes_total": "1",
+  "written_bytes_total": "4096"}
 host_id: "d249c0486159f80557ce12d99828162b"
 hostname: "node-d13"
+kernel_activity: {"context_switches_total": "297051", "forks_total": "2860", "interrupts_total": "223011",
+  "procs_blocked": "0", "procs_running": "2"}
 kernel_arch: "x86_64"
+kernel_limits: {"conntrack_entries": "129", "conntrack_max": "65536", "file_descriptors_allocated": "832",
+  "file_descriptors_max": "9223372036854775807", "pid_max": "4194304", "threads": "229", "threads_max": "31175"}
 kernel_version: "6.12.107+deb13-cloud-amd64"
+load_average: {"load1": 1.38, "load15": 0.83, "load5": 1.73, "runnable_threads": "2", "threads": "229"}
+memory_detail: {"buffers_bytes": "8019968", "free_bytes": "3614240768", "huge_page_size_bytes": "2097152",
+  "huge_pages_total": "0"}
 memory_used_perc: 11.548357726946268
 net_usage: {"total_bytes_received": "374552", "total_bytes_sent": "169316328", "total_drop_in": "0", "total_drop_out":
   "2", "total_err_in": "0", "total_err_out": "0", "total_fifo_err_in": "0", "total_fifo_err_out": "0",
   "total_packets_received": "6138", "total_packets_sent": "6583"}
-network_interfaces: {"addrs": [], "flags": ["up", "loopback"], "index": 1, "mtu": 65536, "name": "lo"}
-network_interfaces: {"addrs": [], "flags": ["up", "broadcast", "multicast"], "hardwareAddr": "52:54:00:d1:3d:13",
-  "index": 2, "mtu": 1500, "name": "enp0s3"}
-network_interfaces: {"addrs": [], "flags": [], "name": "cni0"}
+network_interfaces: {"addrs": [], "counters": {"rx_bytes": "0", "rx_compressed": "0", "rx_drop": "0", "rx_errs": "0",
+  "rx_fifo": "0", "rx_frame": "0", "rx_multicast": "0", "rx_packets": "0", "tx_bytes": "0", "tx_carrier": "0",
+  "tx_colls": "0", "tx_compressed": "0", "tx_drop": "0", "tx_errs": "0", "tx_fifo": "0", "tx_packets": "0"}, "flags":
+  ["up", "loopback"], "index": 1, "mtu": 65536, "name": "lo"}
+network_interfaces: {"addrs": [], "carrier": true, "counters": {"rx_bytes": "50152", "rx_compressed": "0", "rx_drop":
+  "0", "rx_errs": "0", "rx_fifo": "0", "rx_frame": "0", "rx_multicast": "0", "rx_packets": "196", "tx_bytes": "29478",
+  "tx_carrier": "0", "tx_colls": "0", "tx_compressed": "0", "tx_drop": "0", "tx_errs": "0", "tx_fifo": "0",
+  "tx_packets": "145"}, "flags": ["up", "broadcast", "multicast"], "hardwareAddr": "52:54:00:d1:3d:13", "index": 2,
+  "mtu": 1500, "name": "enp0s3", "operstate": "up"}
+network_interfaces: {"addrs": [], "counters": {"rx_bytes": "324400", "rx_compressed": "0", "rx_drop": "0", "rx_errs":
+  "0", "rx_fifo": "0", "rx_frame": "0", "rx_multicast": "54", "rx_packets": "5942", "tx_bytes": "169286850",
+  "tx_carrier": "0", "tx_colls": "0", "tx_compressed": "0", "tx_drop": "2", "tx_errs": "0", "tx_fifo": "0",
+  "tx_packets": "6438"}, "flags": [], "name": "cni0"}
+network_protocols: {"sockets_used": "134", "softnet_dropped_total": "0", "softnet_processed_total": "18743",
+  "softnet_squeezed_total": "56", "tcp_alloc": "5", "tcp_in_errs_total": "0", "tcp_in_segs_total": "6042", "tcp_inuse":
+  "3", "tcp_listen_drops_total": "0", "tcp_listen_overflows_total": "0", "tcp_mem_bytes": "0", "tcp_orphan": "0",
+  "tcp_out_segs_total": "118723", "tcp_retrans_segs_total": "9", "tcp_syn_retrans_total": "27", "tcp_tw": "50",
+  "udp_in_errors_total": "0", "udp_inuse": "1", "udp_rcvbuf_errors_total": "0", "udp_sndbuf_errors_total": "0"}
 os: "linux"
 platform: "debian"
 platform_family: "debian"
@@ -1983,11 +2431,16 @@ procs: "3"
 psi_cpu_metrics: {"full": {"avg10": 0.0, "avg300": 0.0, "avg60": 0.0, "total": "0"}, "some": {"avg10": 70.95, "avg300":
   38.9, "avg60": 69.15, "total": "169091998"}}
 psi_io_metrics: {"some": {"avg10": 0.01, "avg300": 0.03, "avg60": 0.02, "total": "9"}}
+psi_irq_metrics: {"full": {"avg10": 0.04, "avg300": 0.06, "avg60": 0.05, "total": "10"}}
 psi_memory_metrics: {"full": {"avg10": 5.5, "avg300": 7.5, "avg60": 6.5, "total": "8"}, "some": {"avg10": 1.5, "avg300":
   3.5, "avg60": 2.5, "total": "4"}}
+services: {"cgroup": {"cpu": {"nr_periods": "1764", "nr_throttled": "1762", "system_usec": "2384613", "throttled_usec":
+  "155951645", "usage_usec": "18820166", "user_usec": "16435552"}, "io": [], "memory": {"current_bytes": "7258112"},
+  "path": "system.slice/kubelet.service"}, "name": "kubelet.service"}
 total_memory: "4111904768"
 uptime: "261"
 used_memory: "474857472"
+vmstat: {"oom_kill": "4", "pgfault": "362743", "pgmajfault": "1683", "pswpin": "0"}
 '''
 
 
@@ -1997,8 +2450,9 @@ def golden_text(root):
              for name, value in sorted({**document.pop('node_metrics'), **document}.items())
              if name not in ('timestamp', 'agent_metrics')
              for item in (value if value and isinstance(value, list) else [value])]
-    lines = [re.sub(r', "(total|used|free|used_percent)": [^,}]+', '', line) if line.startswith('disk_usages') else line
+    lines = [re.sub(r', "(total|used|free|used_percent|inodes|inodes_free)": [^,}]+', '', line) if line.startswith('disk_usages') else line
              for line in lines]
+    lines = [re.sub(r', "timestamp_ns": "\d+"', '', line) for line in lines]
     return '\n' + ''.join(textwrap.fill(line, 120, subsequent_indent='  ', break_long_words=False) + '\n' for line in lines)
 
 
@@ -2015,13 +2469,24 @@ class GoldenTest(AgentTest):
 
 # --- malformed input
 
+def parse_vmstat(text):
+    return agent.parse_key_values('vmstat', text)
+
+
+def parse_cpu_weight(text):
+    return agent.parse_number('cpu.weight', text)
+
+
 # parse_ function → texts of real systems.
 FUZZED = {
     agent.parse_stat: STAT, agent.parse_cpuinfo: CPUINFO_X86.partition('\n\n')[0] + '\n\n' + CPUINFO_ARM,
     agent.parse_meminfo: MEMINFO, agent.parse_pressure: PRESSURE_CPU, agent.parse_statm: STATM,
     agent.parse_mountinfo: MOUNTINFO, agent.parse_diskstats: DISKSTATS, agent.parse_addresses: ADDRESSES,
     agent.parse_net_dev: NET_DEV, agent.parse_route: ROUTE, agent.parse_ipv6_route: IPV6_ROUTE,
-    agent.parse_os_release: OS_RELEASE, agent.parse_uptime: UPTIME,
+    agent.parse_os_release: OS_RELEASE, agent.parse_uptime: UPTIME, agent.parse_loadavg: LOADAVG, agent.parse_file_nr: FILE_NR,
+    agent.parse_snmp: SNMP + NETSTAT, agent.parse_sockstat: SOCKSTAT, agent.parse_softnet_stat: SOFTNET_STAT,
+    agent.parse_cpu_max: CPU_MAX, agent.parse_io_stat: IO_STAT + IO_STAT, agent.parse_blkio: BLKIO, parse_vmstat: VMSTAT,
+    parse_cpu_weight: '100\n',
 }
 ODD_NUMBERS = (b'', b'-1', b'-0', b'0x1f', b'1.5', b'1e999', b'NaN', b'inf', b'18446744073709551616', b'9' * 400, b'9' * 5000,
                '\u0663'.encode(), b'\0', b'\x85')
@@ -2139,8 +2604,8 @@ class FakeServer:
 
 class FakeRuntime(FakeServer):
     """A container runtime on a unix socket. For each method `answers` has a message, bytes to send as they are, or a
-    status code to fail with; of a list, one after the other, and the last for good. Methods in `hanging` give no answer
-    before `release`."""
+    status code to fail with, or a function that makes one of them from the request's bytes; of a list, one after the
+    other, and the last for good. Methods in `hanging` give no answer before `release`."""
 
     def __init__(self, test: unittest.TestCase, path: str, services: Tuple[str, ...] = (V1,), **answers: Any):
         self.services = services
@@ -2149,6 +2614,8 @@ class FakeRuntime(FakeServer):
             'ListPodSandbox': cri.ListPodSandboxResponse(items=[sandbox('pod')]),
             'ListContainers': cri.ListContainersResponse(containers=[container('app', 'pod')]),
             'ListContainerStats': cri.ListContainerStatsResponse(stats=[stats('app', 10**9, 500)]),
+            'ContainerStatus': cri.ContainerStatusResponse(), 'Status': cri.StatusResponse(),
+            'ImageFsInfo': cri.ImageFsInfoResponse(),
             **answers}
         self.hanging: Set[str] = set()
         self.asked: List[str] = []
@@ -2159,11 +2626,11 @@ class FakeRuntime(FakeServer):
         super().__init__(test, f'unix:{path}')
 
     def find(self, service: str, method: str) -> Optional[grpc.RpcMethodHandler]:
-        if service not in self.services:
+        if service.replace('ImageService', 'RuntimeService') not in self.services:
             return None
-        return grpc.unary_unary_rpc_method_handler(lambda request, context: self.answer(method, context))
+        return grpc.unary_unary_rpc_method_handler(lambda request, context: self.answer(method, request, context))
 
-    def answer(self, method: str, context: grpc.ServicerContext) -> bytes:
+    def answer(self, method: str, request: bytes, context: grpc.ServicerContext) -> bytes:
         token = object()
         if method == 'ListContainerStats':
             self.stats_under_way.add(token)
@@ -2176,6 +2643,8 @@ class FakeRuntime(FakeServer):
         answer = self.answers[method]
         if isinstance(answer, list):
             answer = answer.pop(0) if len(answer) > 1 else answer[0]
+        if callable(answer):
+            answer = answer(request)
         self.stats_under_way.discard(token)
         if isinstance(answer, grpc.StatusCode):
             context.abort(answer, 'as the test wishes')
@@ -2328,13 +2797,17 @@ class ServerTest(unittest.TestCase):
                 file.write(text)
         return agent.Roots(f'{self.directory}/proc', f'{self.directory}/sys', self.directory)
 
-    def cycle(self, memory: agent.PodsMemory, seconds: float = 3, socket_path: Optional[str] = '') -> agent.Part:
-        """The pods' side of one cycle. Its connection is closed at the end of the test."""
-        path = self.socket if socket_path == '' else socket_path
-        part = agent.collect_pods(self.roots({}), path, memory, time.monotonic() + seconds, self.tallies)
+    def cycle(self, memory: agent.PodsMemory, seconds: float = 3, socket_path: Optional[str] = '',
+              container_stats: str = 'cri') -> agent.Part:
+        """The pods' side of one cycle: its pods, the runtime's state being in `runtime_metrics`. Its connection is closed
+        at the end of the test."""
+        options = argparse.Namespace(cri_socket=self.socket if socket_path == '' else socket_path,
+                                     container_stats=container_stats, fs_stats_interval=60)
+        part = agent.collect_pods(self.roots({}), options, memory, time.monotonic() + seconds, self.tallies)
+        pods, self.runtime_metrics = part.message
         if part.after.runtime:
             self.addCleanup(part.after.runtime.channel.close)
-        return part
+        return part._replace(message=pods)
 
     def first_cycle(self, **arguments: Any) -> agent.Part:
         return self.cycle(agent.PodsMemory(), **arguments)
@@ -2487,7 +2960,7 @@ class RuntimeDiscoveryTest(ServerTest):
         self.assertEqual(len(part.message), 1)
 
     def test_the_agent_only_reads(self) -> None:
-        reading = {'Version', 'ListPodSandbox', 'ListContainers', 'ListContainerStats'}
+        reading = {'Version', 'Status', 'ImageFsInfo', 'ListPodSandbox', 'ListContainers', 'ListContainerStats', 'ContainerStatus'}
         self.assertEqual(set(agent.CRI_ANSWERS), reading)
         runtime = FakeRuntime(self, self.socket, ListContainerStats=[grpc.StatusCode.UNKNOWN, b''])
         self.cycle(self.first_cycle().after)
@@ -2541,8 +3014,14 @@ class PodsTest(ServerTest):
         return metrics
 
     def test_every_field_has_its_place(self) -> None:
-        FakeRuntime(self, self.socket, ListContainers=cri.ListContainersResponse(containers=[
-            container('app', 'pod', image='sha256:5', user_specified_image='registry/app:5')]),
+        pod, app = sandbox('pod'), container('app', 'pod', image='sha256:5', user_specified_image='registry/app:5')
+        pod.labels['tier'], pod.runtime_handler, pod_labels = 'web', 'kata', {'tier': 'web'}
+        app.labels['part'], app.annotations['io.kubernetes.container.restartCount'], app.image_ref = 'x', '6', 'sha256:7'
+        FakeRuntime(
+            self, self.socket, ListPodSandbox=cri.ListPodSandboxResponse(items=[pod]),
+            ListContainers=cri.ListContainersResponse(containers=[app]),
+            ContainerStatus=cri.ContainerStatusResponse(status=cri.ContainerStatus(
+                state=cri.CONTAINER_EXITED, started_at=51, finished_at=52, exit_code=-53, reason='Error')),
             ListContainerStats=list_stats(stats(
                 'app', 11, 12, 13,
                 memory=cri.MemoryUsage(timestamp=21, working_set_bytes=value(22), available_bytes=value(0), usage_bytes=value(24),
@@ -2554,14 +3033,16 @@ class PodsTest(ServerTest):
         self.assertEqual(part.failures, {})
         self.assertEqual(json_format.MessageToDict(part.message[0], preserving_proto_field_name=True), {
             'id': 'pod', 'uid': 'pod-uid', 'name': 'pod-name', 'namespace': 'default', 'created_at': '1',
-            'state': 'SANDBOX_READY', 'attempt': 2, 'container_metrics': [{
+            'state': 'SANDBOX_READY', 'attempt': 2, 'labels': pod_labels, 'runtime_handler': 'kata', 'container_metrics': [{
                 'id': 'app', 'name': 'app-name', 'image': 'registry/app:5', 'created_at': '3', 'state': 'CONTAINER_RUNNING',
                 'attempt': 4,
                 'cpu_metrics': {'timestamp': '11', 'usage_nano_cores': '13', 'usage_core_nano_seconds': '12'},
                 'memory_metrics': {'timestamp': '21', 'working_set_bytes': '22', 'available_bytes': '0', 'usage_bytes': '24',
                                    'rss_bytes': '25', 'page_faults': '26', 'major_page_faults': '27'},
                 'file_system_metrics': {'timestamp': '31', 'mountpoint': '/32', 'used_bytes': '33', 'inodes_used': '34'},
-                'swap_metrics': {'timestamp': '41', 'available_bytes': '42', 'usage_bytes': '43'}}]})
+                'swap_metrics': {'timestamp': '41', 'available_bytes': '42', 'usage_bytes': '43'},
+                'stats_source': 'cri', 'restart_count': 6, 'labels': {'part': 'x'}, 'image_ref': 'sha256:7',
+                'status': {'started_at_ns': '51', 'finished_at_ns': '52', 'exit_code': -53, 'reason': 'Error'}}]})
 
     def test_sandboxes_that_are_not_ready_are_not_listed(self) -> None:
         FakeRuntime(self, self.socket, ListPodSandbox=cri.ListPodSandboxResponse(items=[
@@ -2737,7 +3218,8 @@ class SnapshotTest(ServerTest):
         self.run_state = agent.Run()
 
     def snapshot(self, memory: agent.Memory, seconds: float = 0.5) -> agent.Part:
-        options = argparse.Namespace(main_loop_duration=seconds, top_n=1, cri_socket=self.socket)
+        options = argparse.Namespace(main_loop_duration=seconds, top_n=1, cri_socket=self.socket, container_stats='cri',
+                                     fs_stats_interval=60)
         part = agent.collect_snapshot(self.tree, options, memory, self.thread, self.run_state)
         if part.after.pods.runtime:
             self.addCleanup(part.after.pods.runtime.channel.close)
