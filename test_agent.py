@@ -186,8 +186,8 @@ Udp: 0 0 0 0 0 0 0 2 0
 '''
 # kernel 6.12, Debian 13, x86_64; some columns
 NETSTAT = '''\
-TcpExt: SyncookiesSent TW DelayedACKs ListenOverflows ListenDrops TCPHPHits TCPSynRetrans TCPOrigDataSent
-TcpExt: 0 99 14 0 0 13 27 118239
+TcpExt: SyncookiesSent TW DelayedACKs ListenOverflows ListenDrops TCPHPHits TCPAutoCorking TCPSynRetrans TCPOrigDataSent
+TcpExt: 0 99 14 0 0 13 27 0 118239
 IpExt: InNoRoutes InTruncatedPkts InOctets OutOctets
 IpExt: 0 0 366352 169221348
 '''
@@ -2047,6 +2047,196 @@ class OperatingSystemTest(AgentTest):
         self.assertAlmostEqual(time.time(), node.boot_time + node.uptime, delta=5)
 
 
+# --- cgroup files
+
+def below(directory, files):
+    """The files of one directory, for a tree."""
+    return {f'{directory}/{name}': text for name, text in files.items()}
+
+
+def counting_lines(names, first=1):
+    """`name number` lines that count on from first, and a line of a later kernel."""
+    return ''.join(f'{name} {number}\n' for number, name in enumerate(names.split(), first)) + 'later 99\n'
+
+
+V2 = {'sys/fs/cgroup/cgroup.controllers': 'cpuset cpu io memory hugetlb pids rdma misc\n'}
+# A group, each number another; the pressure files come last.
+GROUP_V2 = {
+    'cpu.stat': counting_lines('usage_usec user_usec system_usec nr_periods nr_throttled throttled_usec'),
+    'cpu.max': '7 8\n', 'cpu.weight': '9\n', 'memory.current': '11\n', 'memory.peak': '12\n', 'memory.max': '13\n',
+    'memory.high': '14\n', 'memory.swap.current': '15\n', 'memory.swap.max': '16\n',
+    'memory.stat': counting_lines('anon file inactive_file active_file slab kernel shmem file_mapped sock pgfault pgmajfault', 17),
+    'memory.events': counting_lines('max oom oom_kill', 28), 'io.stat': '8:16 rbytes=1 wbytes=2 rios=3 wios=4\n' + IO_STAT,
+    'pids.current': '31\n', 'pids.max': '32\n',
+    **{f'{name}.pressure': f'some avg10=0 avg60=0 avg300=0 total={number}\n' for number, name in enumerate(('cpu', 'memory', 'io'), 33)}}
+CPU_V2 = dict(usage_usec=1, user_usec=2, system_usec=3, nr_periods=4, nr_throttled=5, throttled_usec=6, quota_usec=7, period_usec=8)
+MEMORY_V2 = dict(
+    current_bytes=11, peak_bytes=12, max_bytes=13, swap_current_bytes=15, swap_max_bytes=16, anon_bytes=17, file_bytes=18,
+    inactive_file_bytes=19, active_file_bytes=20, kernel_bytes=22, shmem_bytes=23, file_mapped_bytes=24, sock_bytes=25, pgfault=26,
+    pgmajfault=27, events_oom_kill=30)
+# The same numbers in the units and under the names of v1, by controller; without total_ the numbers are the group's alone.
+GROUP_V1 = {
+    'cpuacct': {'cpuacct.usage': '1999\n', 'cpuacct.stat': 'user 3\nsystem 5\n'},
+    'cpu': {'cpu.stat': 'nr_periods 4\nnr_throttled 5\nthrottled_time 6999\n', 'cpu.cfs_quota_us': '7\n', 'cpu.cfs_period_us': '8\n',
+            'cpu.shares': '10\n'},
+    'memory': {
+        'memory.usage_in_bytes': '11\n', 'memory.max_usage_in_bytes': '12\n', 'memory.limit_in_bytes': '13\n',
+        'memory.memsw.usage_in_bytes': '26\n', 'memory.memsw.limit_in_bytes': '29\n',
+        'memory.stat': 'rss 1\ncache 2\ninactive_file 3\npgfault 4\n' + counting_lines(
+            'total_rss total_cache total_inactive_file total_active_file slab kernel total_shmem total_mapped_file sock total_pgfault '
+            'total_pgmajfault', 17),
+        'memory.kmem.usage_in_bytes': '22\n', 'memory.kmem.tcp.usage_in_bytes': '25\n',
+        'memory.oom_control': 'oom_kill_disable 0\nunder_oom 0\noom_kill 30\n'},
+    'blkio': {'blkio.throttle.io_service_bytes': BLKIO,
+              'blkio.throttle.io_serviced': '254:0 Read 8\n254:0 Write 4\n254:0 Total 12\nTotal 12\n'},
+    'pids': {'pids.current': '31\n', 'pids.max': '32\n'}}
+LAYOUTS_V1 = {'separate': {name: name for name in GROUP_V1}, 'joined': {**{name: name for name in GROUP_V1}, 'cpu': 'cpu,cpuacct',
+                                                                       'cpuacct': 'cpu,cpuacct'}}
+LAYOUTS_V1['the other way'] = {**LAYOUTS_V1['separate'], 'cpu': 'cpuacct,cpu', 'cpuacct': 'cpuacct,cpu'}
+NO_LIMIT_V1 = '9223372036854771712\n'
+
+
+def group_v1(path, layout='joined', group=GROUP_V1):
+    return {name: text for controller, files in group.items()
+            for name, text in below(f'sys/fs/cgroup/{LAYOUTS_V1[layout][controller]}/{path}', files).items()}
+
+
+class CgroupFilesTest(AgentTest):
+    def test_cpu_max(self):
+        self.check_parse(agent.parse_cpu_max, {
+            'real': (CPU_MAX, (10000, 100000)), 'no limit': ('max 100000\n', (None, None)),
+        }, {
+            'cut': ('10000\n', "cpu.max: malformed line: '10000'"), 'not a number': ('x 100000\n', "'x 100000'"), 'empty': ('', 'cpu.max'),
+        })
+
+    def test_number(self):
+        self.check_parse(lambda text: agent.parse_number('pids.max', text), {
+            'real': ('4676\n', 4676), 'no limit': ('max\n', None), 'absent': (None, None), 'zero': ('0\n', 0),
+        }, {'a word': ('none\n', r"pids.max: malformed line: 'none\n'"), 'empty': ('', "pids.max: malformed line: ''")})
+
+    def test_io_stat(self):
+        one = {'rbytes': 1, 'wbytes': 2, 'rios': 3, 'wios': 4}
+        self.check_parse(agent.parse_io_stat, {
+            'real': (IO_STAT, {'254:0': {'rbytes': 629145600, 'wbytes': 629145600, 'rios': 688, 'wios': 903}}),
+            'oldest, another order': ('8:0 wios=4 rios=3 wbytes=2 rbytes=1\n', {'8:0': one}),
+            'two devices': ('8:0 rbytes=1 wbytes=2 rios=3 wios=4\n8:16 rbytes=5\n', {'8:0': one, '8:16': {'rbytes': 5}}),
+            'a device without statistics': ('7:0\n8:0 rbytes=1 wbytes=2 rios=3 wios=4\n', {'8:0': one}),
+            'in one line, as Linux 5.15 has it': ('7:1 7:0 8:0 rbytes=1 wbytes=2 rios=3 wios=4\n', {'8:0': one}),
+            'of io.latency and io.cost': ('8:0 rbytes=1 wbytes=2 rios=3 wios=4 cost.vrate=100.00 depth=max\n', {'8:0': one}),
+            'empty': ('', {}),
+        }, {
+            'not a number': ('8:0 rbytes=x\n', "io.stat: malformed line: '8:0 rbytes=x'"), 'no device': ('rbytes=1\n', "'rbytes=1'"),
+        })
+
+    def test_blkio(self):
+        self.check_parse(agent.parse_blkio, {
+            'real': (BLKIO, {'254:0': {'Read': 4194304, 'Write': 2097152, 'Sync': 6291456, 'Async': 0, 'Discard': 0, 'Total': 6291456}}),
+            'two devices': ('8:0 Read 1\n8:16 Read 2\nTotal 3\n', {'8:0': {'Read': 1}, '8:16': {'Read': 2}}),
+            'nothing was counted': ('Total 0\n', {}), 'empty': ('', {}),
+        }, {'cut': ('8:0\n', "blkio: malformed line: '8:0'"), 'not a number': ('8:0 Read x\n', "'8:0 Read x'")})
+
+    def collect(self, files, path='a/b'):
+        roots = roots_below(self.tree(files))
+        group, known = agent.collect_cgroup(roots, agent.read_cgroup_tree(roots), path, None)
+        if group:
+            self.assertTrue(abs(time.time_ns() - group.timestamp_ns) < 60 * 10 ** 9)
+            group.ClearField('timestamp_ns')
+        return group, known.limits
+
+    def test_v2_has_every_number_in_its_field(self):
+        group, _ = self.collect({**V2, **below('sys/fs/cgroup/a/b', GROUP_V2)})
+        self.assertEqual(wire.CgroupMetrics(
+            path='a/b', cpu=wire.CgroupCpu(weight=9, **CPU_V2),
+            memory=wire.CgroupMemory(high_bytes=14, slab_bytes=21, events_max=28, events_oom=29, **MEMORY_V2),
+            io=[wire.CgroupIo(device='254:0', rbytes=629145600, wbytes=629145600, rios=688, wios=903),
+                wire.CgroupIo(device='8:16', rbytes=1, wbytes=2, rios=3, wios=4)],
+            pids=wire.CgroupPids(current=31, max=32),
+            **{f'{name}_pressure': agent.build_psi_metrics({'some': {'total': number, 'avg10': 0, 'avg60': 0, 'avg300': 0}})
+               for number, name in enumerate(('cpu', 'memory', 'io'), 33)}), group)
+
+    def test_v1_has_the_same_numbers_in_the_same_fields(self):
+        expected = wire.CgroupMetrics(
+            path='a/b', cpu=wire.CgroupCpu(shares=10, **{**CPU_V2, 'user_usec': 30_000, 'system_usec': 50_000}),
+            memory=wire.CgroupMemory(**MEMORY_V2), io=[wire.CgroupIo(device='254:0', rbytes=4194304, wbytes=2097152, rios=8, wios=4)],
+            pids=wire.CgroupPids(current=31, max=32))
+        hybrid = {'sys/fs/cgroup/unified/cgroup.controllers': '\n', 'sys/fs/cgroup/unified/a/b/cpu.stat': 'usage_usec 77\n'}
+        for layout in LAYOUTS_V1:
+            for extra in ({}, hybrid):
+                with self.subTest(layout, hybrid=bool(extra)):
+                    self.assertEqual(expected, self.collect({**group_v1('a/b', layout), **extra})[0])
+
+    def test_v1_with_links_to_the_joined_directory(self):
+        """As systemd makes them: cpu -> cpu,cpuacct."""
+        root = self.tree(group_v1('a/b'))
+        for name in ('cpu', 'cpuacct'):
+            os.symlink('cpu,cpuacct', f'{root}/sys/fs/cgroup/{name}')
+        group, _ = agent.collect_cgroup(roots_below(root), agent.read_cgroup_tree(roots_below(root)), 'a/b', None)
+        self.assertEqual((1, 5, 7), (group.cpu.usage_usec, group.cpu.nr_throttled, group.cpu.quota_usec))
+
+    def test_no_limit_is_absent(self):
+        unlimited = dict.fromkeys(('memory.max', 'memory.high', 'memory.swap.max', 'pids.max'), 'max\n')
+        _, limits = self.collect({**V2, **below('sys/fs/cgroup/a/b', {**GROUP_V2, **unlimited, 'cpu.max': 'max 100000\n'})})
+        self.assertEqual(agent.Limits(weight=9), limits)
+        files = group_v1('a/b')
+        for name, text in {'memory/a/b/memory.limit_in_bytes': NO_LIMIT_V1, 'memory/a/b/memory.memsw.limit_in_bytes': NO_LIMIT_V1,
+                           'cpu,cpuacct/a/b/cpu.cfs_quota_us': '-1\n', 'pids/a/b/pids.max': 'max\n'}.items():
+            files[f'sys/fs/cgroup/{name}'] = text
+        self.assertEqual(agent.Limits(shares=10), self.collect(files)[1])
+        self.check_table(agent.limited, [((2 ** 63 - 4096,), None), ((2 ** 63 - 65536,), None), ((-1,), None), ((None,), None),
+                                         ((0,), 0), ((2 ** 40,), 2 ** 40)])
+
+    def test_files_that_are_absent_are_fields_that_are_absent(self):
+        """The root group of v2, and a kernel without swap, pressure, and pids."""
+        group, limits = self.collect({**V2, 'sys/fs/cgroup/a/b/cpu.stat': 'usage_usec 0\n'})
+        self.assertEqual(wire.CgroupMetrics(path='a/b', cpu=wire.CgroupCpu(usage_usec=0), memory=wire.CgroupMemory()), group)
+        self.assertEqual(agent.Limits(), limits)
+        group, _ = self.collect({'sys/fs/cgroup/memory/a/b/memory.usage_in_bytes': '5\n'})
+        self.assertEqual(wire.CgroupMetrics(path='a/b', cpu=wire.CgroupCpu(), memory=wire.CgroupMemory(current_bytes=5)), group)
+
+    def test_group_that_is_gone_is_none(self):
+        for files in (V2, {'sys/fs/cgroup/memory/x': ''}):
+            self.assertIsNone(self.collect(files)[0])
+        self.assertIsNone(agent.read_cgroup_tree(roots_below(self.tree({'sys/fs/cgroup/unified/x': ''}))))
+        self.assertIsNone(agent.read_cgroup_tree(roots_below(self.directory())))
+
+    def test_limits_are_read_again_when_they_are_due(self):
+        root = self.tree({**V2, **below('sys/fs/cgroup/a', GROUP_V2)})
+        tree = agent.read_cgroup_tree(roots_below(root))
+        _, known = agent.collect_cgroup(roots_below(root), tree, 'a', None)
+        self.assertAlmostEqual(time.monotonic() + agent.LIMITS_SECONDS, known.due, delta=5)
+        write_tree(root, {'sys/fs/cgroup/a/memory.max': '99\n', 'sys/fs/cgroup/a/memory.current': '98\n'})
+        for due, expected in ((known.due, (98, 13)), (0, (98, 99))):
+            group, _ = agent.collect_cgroup(roots_below(root), tree, 'a', known._replace(due=due))
+            self.assertEqual(expected, (group.memory.current_bytes, group.memory.max_bytes))
+
+    def test_malformed_files_are_named(self):
+        for name in GROUP_V2:
+            with self.subTest(name), self.assertRaisesRegex(ValueError, name if 'pressure' not in name else 'pressure'):
+                self.collect({**V2, **below('sys/fs/cgroup/a/b', {**GROUP_V2, name: 'x y rbytes=w\n'})})
+        for controller, files in GROUP_V1.items():
+            for name in files:
+                with self.subTest(name), self.assertRaises(ValueError):
+                    self.collect(group_v1('a/b', group={**GROUP_V1, controller: {**files, name: 'x y z w\n'}}))
+
+
+# --- services
+
+class ServicesTest(AgentTest):
+    def test_daemons_of_the_node_by_their_units(self):
+        usual = {'kubelet': GROUP_V2, 'containerd': GROUP_V2, 'ssh': GROUP_V2}
+        v2 = {path: text for name, group in usual.items() for path, text in below(f'sys/fs/cgroup/system.slice/{name}.service', group).items()}
+        v1 = {path: text for name in usual for path, text in group_v1(f'system.slice/{name}.service').items()}
+        for what, files in {'v2': {**V2, **v2}, 'v1': v1}.items():
+            with self.subTest(what):
+                roots = roots_below(self.tree(files))
+                fields, after = agent.collect_services(roots, None)
+                self.assertEqual([('kubelet.service', 1, 11, 5), ('containerd.service', 1, 11, 5)], [
+                    (service.name, service.cgroup.cpu.usage_usec, service.cgroup.memory.current_bytes, service.cgroup.cpu.nr_throttled)
+                    for service in fields['services']])
+                self.assertEqual(after, agent.collect_services(roots, after)[1])
+        self.assertEqual({'services': []}, agent.collect_services(roots_below(self.directory()), None)[0])
+
+
 # --- node
 
 class NodeTest(AgentTest):
@@ -2418,7 +2608,7 @@ network_interfaces: {"addrs": [], "counters": {"rx_bytes": "324400", "rx_compres
 network_protocols: {"sockets_used": "134", "softnet_dropped_total": "0", "softnet_processed_total": "18743",
   "softnet_squeezed_total": "56", "tcp_alloc": "5", "tcp_in_errs_total": "0", "tcp_in_segs_total": "6042", "tcp_inuse":
   "3", "tcp_listen_drops_total": "0", "tcp_listen_overflows_total": "0", "tcp_mem_bytes": "0", "tcp_orphan": "0",
-  "tcp_out_segs_total": "118723", "tcp_retrans_segs_total": "9", "tcp_syn_retrans_total": "27", "tcp_tw": "50",
+  "tcp_out_segs_total": "118723", "tcp_retrans_segs_total": "9", "tcp_syn_retrans_total": "0", "tcp_tw": "50",
   "udp_in_errors_total": "0", "udp_inuse": "1", "udp_rcvbuf_errors_total": "0", "udp_sndbuf_errors_total": "0"}
 os: "linux"
 platform: "debian"
@@ -3000,7 +3190,431 @@ class RuntimeDiscoveryTest(ServerTest):
         self.assertEqual(len(self.first_cycle(socket_path=None).message), 1)
 
 
+# --- cgroups of containers
+
+APP, SIDE, POD = 'a1' * 32, 'c3' * 32, 'b2' * 32
+UID = '4d8d4687-e257-4652-97a9-ce84cd75ce32'
+UID_ = UID.replace('-', '_')
+STATIC_UID = '9f2da7f050544b2531a4f56805647174'
+# By layout: the pod's group, the container's below it, the pod's uid, its class.
+SYSTEMD = 'kubepods.slice/kubepods-{0}.slice/kubepods-{0}-pod%s.slice' % UID_
+LAYOUTS = {
+    'systemd, containerd': (SYSTEMD.format('burstable'), f'cri-containerd-{APP}.scope', UID, 'Burstable'),
+    'systemd, Guaranteed': (f'kubepods.slice/kubepods-pod{UID_}.slice', f'cri-containerd-{APP}.scope', UID, 'Guaranteed'),
+    'systemd, CRI-O with runc': (SYSTEMD.format('besteffort'), f'crio-{APP}.scope', UID, 'BestEffort'),
+    'systemd, CRI-O with crun': (SYSTEMD.format('burstable'), f'crio-{APP}.scope/container', UID, 'Burstable'),
+    'systemd, cri-dockerd': (SYSTEMD.format('burstable'), f'docker-{APP}.scope', UID, 'Burstable'),
+    'systemd, static pod': (f'kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-pod{STATIC_UID}.slice',
+                            f'cri-containerd-{APP}.scope', STATIC_UID, 'BestEffort'),
+    'cgroupfs': (f'kubepods/burstable/pod{UID}', APP, UID, 'Burstable'),
+    'cgroupfs, Guaranteed': (f'kubepods/pod{UID}', APP, UID, 'Guaranteed'),
+    'cgroupfs, CRI-O': (f'kubepods/besteffort/pod{UID}', f'crio-{APP}', UID, 'BestEffort'),
+    'cgroupfs, static pod': (f'kubepods/burstable/pod{STATIC_UID}', APP, STATIC_UID, 'Burstable'),
+    'kind': (f'kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-burstable.slice/kubelet-kubepods-burstable-pod{UID_}.slice',
+             f'cri-containerd-{APP}.scope', UID, 'Burstable'),
+    'kind, cgroupfs': (f'kubelet/kubepods/besteffort/pod{UID}', APP, UID, 'BestEffort'),
+}
+
+
+class CgroupsTest(AgentTest):
+    def test_container_and_pod_are_found_in_every_layout(self):
+        versions = {'v2': ('', V2), 'v1': ('memory/', {}), 'hybrid': ('memory/', {'sys/fs/cgroup/unified/cgroup.controllers': '\n'})}
+        for what, (pod, container_below, uid, qos) in LAYOUTS.items():
+            for version, (controller, extra) in versions.items():
+                with self.subTest(what, version=version):
+                    top = f'sys/fs/cgroup/{controller}'
+                    files = {f'{top}{pod}/{container_below}/cgroup.procs': '7\n', f'{top}{pod}/cgroup.procs': '',
+                             f'{top}{pod}/crio-conmon-{APP}.scope/cgroup.procs': '8\n', f'{top}{pod}/crio-{POD}/cgroup.procs': '',
+                             f'{top}system.slice/containerd.service/cgroup.procs': '9\n',
+                             f'{top}{"0" * 63}/x': '', f'{top}{"A1" * 32}/x': '', f'{top}a{APP}/x': '', f'{top}{APP}.mount/x': ''}
+                    roots = roots_below(self.tree({**files, **extra}))
+                    tree = agent.read_cgroup_tree(roots)
+                    paths = agent.read_container_cgroups(roots, tree)
+                    self.assertEqual({APP: f'{pod}/{container_below}', POD: f'{pod}/crio-{POD}'}, paths)
+                    self.assertEqual((pod, qos), (agent.pod_cgroup_path(paths[APP], uid), agent.qos_class(pod)))
+                    self.assertEqual(['7'], agent.read_pids(roots, tree, paths[APP]))
+
+    def test_container_without_a_kubelet_has_no_pod_and_no_class(self):
+        roots = roots_below(self.tree({**V2, f'sys/fs/cgroup/k8s.io/{APP}/cpu.stat': ''}))
+        path = agent.read_container_cgroups(roots, agent.read_cgroup_tree(roots))[APP]
+        self.assertEqual((f'k8s.io/{APP}', None, None),
+                         (path, agent.pod_cgroup_path(path, UID), agent.qos_class(agent.pod_cgroup_path(path, UID))))
+
+    def test_pod_of_another_uid_or_of_none_is_not_taken(self):
+        path = f'kubepods/pod{UID}/{APP}'
+        self.check_table(agent.pod_cgroup_path, [((path, UID), f'kubepods/pod{UID}'), ((path, STATIC_UID), None), ((path, ''), None)])
+
+    def test_host_network_is_known_by_the_namespace_or_by_the_file(self):
+        """Where ns/net may not be read, net/dev of one namespace is one file."""
+        dev = 'lo: ' + '1 ' * 16 + '\neth0: ' + ' '.join(map(str, range(1, 17))) + '\n'
+        for what, link, same in (('namespace', True, True), ('namespace', True, False), ('file', False, True), ('file', False, False)):
+            with self.subTest(what, same=same):
+                root = self.tree({**V2, f'sys/fs/cgroup/{APP}/cgroup.procs': '7\n8\n', 'proc/1/net/dev': dev})
+                for pid, inode in (('1', 1), ('7', 1 if same else 2)):
+                    os.makedirs(f'{root}/proc/{pid}/ns')
+                    if link:
+                        os.symlink(f'net:[{inode}]', f'{root}/proc/{pid}/ns/net')
+                os.makedirs(f'{root}/proc/7/net')
+                if same and not link:
+                    os.link(f'{root}/proc/1/net/dev', f'{root}/proc/7/net/dev')
+                else:
+                    write_tree(root, {'proc/7/net/dev': dev})
+                host, interfaces = agent.collect_pod_network(roots_below(root), agent.CgroupTree(2, {'': 'fs/cgroup'}), [APP])
+                self.assertEqual(same, host)
+                self.assertEqual([] if same else [('eth0', 1, 8, 16)], [
+                    (link.name, link.counters.rx_bytes, link.counters.rx_multicast, link.counters.tx_compressed) for link in interfaces])
+
+    def test_network_is_that_of_the_first_process_that_has_one(self):
+        """A zombie has no net/dev; another procfs may not have the process at all."""
+        tree, dev = agent.CgroupTree(2, {'': 'fs/cgroup'}), 'eth0: ' + '1 ' * 16 + '\n'
+        root = self.tree({'sys/fs/cgroup/empty/cgroup.procs': '', 'sys/fs/cgroup/zombie/cgroup.procs': '6\n', 'proc/6/net/x': '',
+                          'sys/fs/cgroup/foreign/cgroup.procs': '0\n', 'sys/fs/cgroup/well/cgroup.procs': '7\n', 'proc/7/net/dev': dev})
+        self.check_table(lambda *paths: agent.collect_pod_network(roots_below(root), tree, paths), [
+            (('empty', 'zombie', 'foreign', 'gone'), (None, [])),
+            (('empty', 'zombie', 'well'), (False, [wire.PodInterface(name='eth0', counters=agent.build_interface_counters(
+                agent.NetDev(*[1] * 16)))]))])
+
+
 # --- pods and containers
+
+# kernel 6.12, Debian 13, x86_64, cgroup v2, systemd driver, containerd 1.7.24: a pod whose container with a limit of 32 MiB
+# was killed and started again; and what the runtime said of the two containers 10 s later (only the first is not at rest).
+HOG, REST = '1000c6a8357e047d5b0156383d6c481b3d949312e704f801b4a23ea160f984cb', '36bd6846d1957724bc0c237fbf562bee42da4d3a6553a469e1ba04a2e79db55a'
+OOM_POD = SYSTEMD.format('burstable')
+OOM_FILES = {
+    **V2,
+    **below(f'sys/fs/cgroup/{OOM_POD}', {
+        'cpu.stat': 'usage_usec 6858104\nuser_usec 1468689\nsystem_usec 5389415\n', 'memory.current': '21848064\n',
+        'memory.events': MEMORY_EVENTS, 'pids.current': '3\n', 'pids.max': 'max\n',
+        'cpu.pressure': 'some avg10=0.00 avg60=0.21 avg300=0.32 total=1971159\nfull avg10=0.00 avg60=0.18 avg300=0.27 total=1783012\n'}),
+    **below(f'sys/fs/cgroup/{OOM_POD}/cri-containerd-{HOG}.scope', {
+        'cpu.stat': 'usage_usec 1287923\nuser_usec 439064\nsystem_usec 848858\n', 'memory.current': '21278720\n',
+        'memory.max': '33554432\n', 'memory.events': MEMORY_EVENTS.replace('48', '0').replace('1\n', '0\n').replace('2\n', '0\n'),
+        'memory.stat': 'anon 21037056\nfile 24576\ninactive_file 24576\nactive_file 0\npgfault 1111\npgmajfault 0\n',
+        'memory.swap.current': '0\n', 'memory.swap.max': '0\n', 'cgroup.procs': '1311\n'}),
+    **below(f'sys/fs/cgroup/{OOM_POD}/cri-containerd-{REST}.scope', {
+        'cpu.stat': 'usage_usec 683889\nuser_usec 225183\nsystem_usec 458706\n', 'memory.current': '258048\n', 'memory.max': 'max\n',
+        'memory.stat': 'anon 57344\nfile 24576\ninactive_file 24576\nactive_file 0\npgfault 595\npgmajfault 0\n',
+        'memory.swap.current': '0\n', 'memory.swap.max': 'max\n', 'cgroup.procs': '1100\n'}),
+    'proc/1/net/dev': NET_DEV, 'proc/1311/net/dev': NET_DEV.replace('enp0s3:   50152', '  eth0:    4836').partition('  cni0')[0]}
+# working set, available, usage, resident, faults, major faults
+OOM_STATS = {HOG: (1297955000, (21254144, 12300288, 21278720, 21037056, 1111, 0)), REST: (683889000, (233472, 0, 258048, 57344, 595, 0))}
+MEMORY_FIELDS = ('working_set_bytes', 'available_bytes', 'usage_bytes', 'rss_bytes', 'page_faults', 'major_page_faults')
+
+
+def memory_stats(numbers: Sequence[int]) -> cri.MemoryUsage:
+    return cri.MemoryUsage(timestamp=1, **{name: value(number) for name, number in zip(MEMORY_FIELDS, numbers)})
+
+
+def group(cpu_usec: int, memory_bytes: int) -> Dict[str, str]:
+    return {'cpu.stat': f'usage_usec {cpu_usec}\n', 'memory.current': f'{memory_bytes}\n', 'memory.stat': 'inactive_file 1\n'}
+
+
+class KernelSideTest(ServerTest):
+    """Pods whose containers are cgroups, by default one pod with APP and SIDE; `groups` has the files of each id's group."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.groups = {name: group(1000, 500) for name in (POD, APP, SIDE)}
+
+    def path(self, name: str) -> str:
+        return f'{self.directory}/sys/fs/cgroup/kubepods/pod{UID}/{name}'
+
+    def start(self, names: Sequence[str] = (APP, SIDE), **answers: Any) -> FakeRuntime:
+        pod = sandbox(POD)
+        pod.metadata.uid = UID
+        self.roots({**V2, **below(f'sys/fs/cgroup/kubepods/pod{UID}', group(2000, 1000))})
+        self.write_groups()
+        return FakeRuntime(self, self.socket, **{
+            'ListPodSandbox': cri.ListPodSandboxResponse(items=[pod]),
+            'ListContainers': cri.ListContainersResponse(containers=[container(name, POD) for name in names]),
+            'ListContainerStats': list_stats(*(stats(name, 10**9, 5_000_000, memory=memory_stats(range(1, 7))) for name in names)),
+            **answers})
+
+    def write_groups(self) -> None:
+        self.roots({path: text for name, files in self.groups.items()
+                    for path, text in below(f'sys/fs/cgroup/kubepods/pod{UID}/{name}', files).items()})
+
+    def kernel_cycle(self, memory: agent.PodsMemory = agent.PodsMemory()) -> agent.Part:
+        return self.cycle(memory, container_stats='cgroup')
+
+    def sources(self, part: agent.Part) -> Dict[str, Tuple[str, int]]:
+        """By container, where its numbers come from, and its CPU time in µs."""
+        return {found.id: (found.stats_source, found.cpu_metrics.usage_core_nano_seconds.value // 1000)
+                for pod in part.message for found in pod.container_metrics}
+
+    def test_capture_is_what_its_runtime_said(self) -> None:
+        self.roots(OOM_FILES)
+        pod = sandbox('oom-0')
+        pod.metadata.uid = UID
+        FakeRuntime(self, self.socket, ListPodSandbox=cri.ListPodSandboxResponse(items=[pod]), ListContainers=cri.ListContainersResponse(
+            containers=[container(name, 'oom-0') for name in OOM_STATS]))
+        part = self.kernel_cycle()
+        self.assertEqual(({}, ['cgroup', 'cgroup']), (part.failures, [source for source, _ in self.sources(part).values()]))
+        for found in part.message[0].container_metrics:
+            usage_ns, numbers = OOM_STATS[found.id]
+            self.assertTrue(usage_ns - 11_000_000 < found.cpu_metrics.usage_core_nano_seconds.value <= usage_ns)
+            self.assertEqual(numbers, tuple(getattr(found.memory_metrics, name).value for name in MEMORY_FIELDS))
+            # Without a limit the runtime says 0, and the agent nothing.
+            self.assertEqual(found.id == HOG, found.memory_metrics.HasField('available_bytes'))
+            self.assertEqual((0, found.id == HOG), (found.swap_metrics.usage_bytes.value, found.swap_metrics.HasField('available_bytes')))
+        pod, = part.message
+        self.assertEqual((2, 1, 48, 6858104, 3, 1971159, OOM_POD), (
+            pod.cgroup.memory.events_oom_kill, pod.cgroup.memory.events_oom, pod.cgroup.memory.events_max, pod.cgroup.cpu.usage_usec,
+            pod.cgroup.pids.current, pod.cgroup.cpu_pressure.some.total.value, pod.cgroup.path))
+        self.assertEqual(('Burstable', False, [('eth0', 4836, 145)]), (pod.qos_class, pod.host_network, [
+            (link.name, link.counters.rx_bytes, link.counters.tx_packets) for link in pod.network_interfaces]))
+        self.assertEqual([0, 0], [found.cgroup.memory.events_oom_kill for found in pod.container_metrics])
+
+    def test_v1_and_its_layouts_give_the_contracts_fields(self) -> None:
+        for layout in LAYOUTS_V1:
+            with self.subTest(layout):
+                self.directory = tempfile.mkdtemp()
+                self.addCleanup(shutil.rmtree, self.directory)
+                self.socket = f'{self.directory}/run/cri.sock'
+                pod = sandbox(POD)
+                pod.metadata.uid = UID
+                FakeRuntime(self, self.socket, ListPodSandbox=cri.ListPodSandboxResponse(items=[pod]),
+                            ListContainers=cri.ListContainersResponse(containers=[container(APP, POD)]))
+                self.roots({**group_v1(f'kubepods/besteffort/pod{UID}/{APP}', layout), **group_v1(f'kubepods/besteffort/pod{UID}', layout)})
+                pod, = self.kernel_cycle().message
+                found, = pod.container_metrics
+                self.assertEqual(('cgroup', 1000, 'BestEffort', 30), (
+                    found.stats_source, found.cpu_metrics.usage_core_nano_seconds.value, pod.qos_class, pod.cgroup.memory.events_oom_kill))
+                # 11 - 19 and 13 - 0: what is below zero is zero.
+                self.assertEqual((0, 13, 11, 17, 26, 27), tuple(getattr(found.memory_metrics, name).value for name in MEMORY_FIELDS))
+                self.assertEqual((15, 1), (found.swap_metrics.usage_bytes.value, found.swap_metrics.available_bytes.value))
+
+    def test_rate_is_of_two_reads_by_our_own_clock(self) -> None:
+        runtime = self.start()
+        instants = [time.monotonic_ns()]
+        first = self.kernel_cycle()
+        instants.append(time.monotonic_ns())
+        self.groups[APP] = group(901_000, 500)
+        self.write_groups()
+        instants.append(time.monotonic_ns())
+        second = self.kernel_cycle(first.after)
+        instants.append(time.monotonic_ns())
+        app, side = second.message[0].container_metrics
+        rate, used_ns = app.cpu_metrics.usage_nano_cores.value, 900_000_000
+        self.assertTrue(used_ns * 10**9 // (instants[3] - instants[0]) <= rate <= used_ns * 10**9 // (instants[2] - instants[1]), rate)
+        self.assertEqual((True, 0), (side.cpu_metrics.HasField('usage_nano_cores'), side.cpu_metrics.usage_nano_cores.value))
+        self.assertFalse(first.message[0].container_metrics[0].cpu_metrics.HasField('usage_nano_cores'))
+        self.assertEqual(1, runtime.asked.count('ListContainerStats'))
+
+    def test_container_without_a_group_gets_what_the_runtime_says(self) -> None:
+        """A VM's: the statistics are asked for each cycle, and those of a group come from the group."""
+        del self.groups[SIDE]
+        runtime = self.start()
+        memory = agent.PodsMemory()
+        for _ in range(3):
+            part = self.kernel_cycle(memory)
+            memory = part.after
+            self.assertEqual({APP: ('cgroup', 1000), SIDE: ('cri', 5000)}, self.sources(part))
+        side = part.message[0].container_metrics[1]
+        self.assertEqual((False, 3), (side.HasField('cgroup'), side.memory_metrics.usage_bytes.value))
+        self.assertEqual(3, runtime.asked.count('ListContainerStats'))
+
+    def test_flag_keeps_the_cgroups_unread(self) -> None:
+        self.start()
+        part = self.cycle(agent.PodsMemory())
+        self.assertEqual({APP: ('cri', 5000), SIDE: ('cri', 5000)}, self.sources(part))
+        self.assertFalse(part.message[0].HasField('cgroup') or part.message[0].container_metrics[0].HasField('cgroup'))
+
+    def test_tree_is_walked_only_for_running_containers_without_a_group(self) -> None:
+        runtime = self.start()
+        with mock.patch.object(agent, 'read_container_cgroups', wraps=agent.read_container_cgroups) as walk:
+            part = self.kernel_cycle()
+            for _ in range(3):
+                part = self.kernel_cycle(part.after)
+            self.assertEqual(1, walk.call_count)
+            new, vm = 'd4' * 32, 'e5' * 32
+            self.groups[new] = group(3000, 500)
+            self.write_groups()
+            runtime.answers['ListContainers'] = cri.ListContainersResponse(containers=[
+                container(APP, POD), container(new, POD), container('f6' * 32, POD, cri.CONTAINER_EXITED)])
+            part = self.kernel_cycle(self.kernel_cycle(part.after).after)
+            self.assertEqual((2, ('cgroup', 3000)), (walk.call_count, self.sources(part)[new]))
+            runtime.answers['ListContainers'] = cri.ListContainersResponse(containers=[container(APP, POD), container(vm, POD)])
+            for _ in range(3):
+                part = self.kernel_cycle(part.after)
+            self.assertEqual(3, walk.call_count)
+            overdue = part.after.cgroups._replace(search_due=0)
+            part = self.kernel_cycle(part.after._replace(cgroups=overdue))
+            self.kernel_cycle(part.after)
+            self.assertEqual(4, walk.call_count)
+
+    def test_group_that_vanishes_is_looked_for_again(self) -> None:
+        self.start()
+        part = self.kernel_cycle()
+        shutil.rmtree(self.path(SIDE))
+        del self.groups[SIDE]
+        part = self.kernel_cycle(part.after)
+        self.assertEqual(({APP: ('cgroup', 1000), SIDE: ('cri', 5000)}, {}), (self.sources(part), part.failures))
+        self.roots(below(f'sys/fs/cgroup/elsewhere/cri-containerd-{SIDE}.scope', group(6000, 500)))
+        self.assertEqual(('cgroup', 6000), self.sources(self.kernel_cycle(part.after))[SIDE])
+
+    def test_malformed_file_costs_its_groups_numbers_alone(self) -> None:
+        most = 2**64
+        for name, text in (('cpu.stat', 'usage_usec x\n'), ('cpu.stat', f'usage_usec {most}\n'), ('cpu.stat', f'usage_usec {most - 1}\n'),
+                           ('cpu.stat', 'usage_usec -1\n'), ('memory.current', '\n'), ('memory.current', '1e9\n'), ('memory.stat', 'anon\n'),
+                           ('memory.stat', f'inactive_file {most - 1}\n'), ('memory.max', '-5\n'), ('cpu.pressure', 'some x\n'),
+                           ('io.stat', '8:0 rbytes=-1\n'), ('memory.swap.current', f'{most - 1}\n')):
+            with self.subTest(name, text=text):
+                self.groups[SIDE] = {**group(1000, 500), name: text}
+                runtime = self.start()
+                part = self.kernel_cycle()
+                self.assertEqual(('cgroup', 1000), self.sources(part)[APP])
+                self.assertEqual([APP, SIDE], [found.id for found in part.message[0].container_metrics])
+                self.assertLessEqual(part.failures.keys(), {'cgroups'})
+                self.assertTrue(part.message[0].HasField('cgroup'))
+                runtime.close()
+                os.remove(f'{self.path(SIDE)}/{name}')
+
+    def test_malformed_file_of_a_pod_costs_the_pods_group_alone(self) -> None:
+        self.start()
+        self.roots(below(f'sys/fs/cgroup/kubepods/pod{UID}', {'memory.current': 'x\n'}))
+        part = self.kernel_cycle()
+        self.assertEqual({APP: ('cgroup', 1000), SIDE: ('cgroup', 1000)}, self.sources(part))
+        self.assertEqual(['pod cgroups'], list(part.failures))
+
+    def test_limits_of_known_containers_are_read_seldom(self) -> None:
+        self.groups[APP]['memory.max'] = '1000\n'
+        self.start()
+        part = self.kernel_cycle()
+        self.groups[APP]['memory.max'] = '2000\n'
+        self.write_groups()
+        with mock.patch.object(agent, 'collect_limits', wraps=agent.collect_limits) as read:
+            part = self.kernel_cycle(part.after)
+            self.assertEqual((0, 1000), (read.call_count, part.message[0].container_metrics[0].cgroup.memory.max_bytes))
+        limits = {path: known._replace(due=time.monotonic() - 1) for path, known in part.after.cgroups.limits.items()}
+        part = self.kernel_cycle(part.after._replace(cgroups=part.after.cgroups._replace(limits=limits)))
+        app = part.message[0].container_metrics[0]
+        self.assertEqual((2000, 1501), (app.cgroup.memory.max_bytes, app.memory_metrics.available_bytes.value))
+
+    def test_runtime_is_asked_for_statistics_only_for_the_writable_layers(self) -> None:
+        layer = cri.FilesystemUsage(timestamp=31, fs_id=cri.FilesystemIdentifier(mountpoint='/x'), used_bytes=value(33))
+        runtime = self.start(ListContainerStats=list_stats(stats(APP, 1, 2, writable_layer=layer), stats(SIDE, 1, 2)))
+        part = self.kernel_cycle()
+        for _ in range(5):
+            part = self.kernel_cycle(part.after)
+            self.assertEqual([33, 0], [found.file_system_metrics.used_bytes.value for found in part.message[0].container_metrics])
+        asked = collections.Counter(runtime.asked)
+        self.assertEqual((1, 1, 1, 6), tuple(asked[method] for method in ('ListContainerStats', 'ImageFsInfo', 'Status', 'ListContainers')))
+        self.assertAlmostEqual(time.monotonic() + 60, part.after.health.sizes_due, delta=10)
+        layer.used_bytes.value = 44
+        runtime.answers['ListContainerStats'] = list_stats(stats(APP, 1, 2, writable_layer=layer))
+        part = self.kernel_cycle(part.after._replace(health=part.after.health._replace(sizes_due=0)))
+        self.assertEqual((2, 44), (runtime.asked.count('ListContainerStats'),
+                                   part.message[0].container_metrics[0].file_system_metrics.used_bytes.value))
+        # What has gone is forgotten.
+        runtime.answers['ListContainers'] = cri.ListContainersResponse(containers=[container(SIDE, POD)])
+        self.assertEqual({}, self.kernel_cycle(part.after).after.health.layers)
+
+    def test_hung_statistics_cost_nothing_but_the_layers(self) -> None:
+        runtime = self.start()
+        runtime.hanging.add('ListContainerStats')
+        part = self.cycle(agent.PodsMemory(), seconds=0.2, container_stats='cgroup')
+        self.assertEqual({APP: ('cgroup', 1000), SIDE: ('cgroup', 1000)}, self.sources(part))
+        self.assertIn('container statistics', part.failures)
+        runtime.release()
+        self.assertEqual({}, self.kernel_cycle(part.after).failures)
+
+    def test_status_is_asked_for_once_after_each_change_of_state(self) -> None:
+        ids: List[str] = []
+
+        def status(request: bytes) -> cri.ContainerStatusResponse:
+            ids.append(cri.ContainerStatusRequest.FromString(request).container_id)
+            exited = {'state': cri.CONTAINER_EXITED, 'finished_at': 9, 'exit_code': 137, 'reason': 'OOMKilled'} if len(ids) > 2 else {'state': 1}
+            return cri.ContainerStatusResponse(status=cri.ContainerStatus(started_at=8, **exited))
+
+        def fields(part: agent.Part) -> Tuple[bool, int, int, str]:
+            told = part.message[0].container_metrics[0].status
+            return told.HasField('exit_code'), told.exit_code, told.finished_at_ns, told.reason
+
+        runtime = self.start(ContainerStatus=status)
+        part = self.kernel_cycle()
+        for _ in range(3):
+            part = self.kernel_cycle(part.after)
+        self.assertEqual(([APP, SIDE], (False, 0, 0, '')), (sorted(ids), fields(part)))
+        self.assertEqual(8, part.message[0].container_metrics[0].status.started_at_ns)
+        runtime.answers['ListContainers'] = cri.ListContainersResponse(containers=[
+            container(APP, POD, cri.CONTAINER_EXITED), container(SIDE, POD)])
+        for _ in range(3):
+            part = self.kernel_cycle(part.after)
+            self.assertEqual((True, 137, 9, 'OOMKilled'), fields(part))
+        self.assertEqual([APP], ids[2:])
+
+    def test_statuses_are_asked_for_by_and_by(self) -> None:
+        names = [f'{number:064x}' for number in range(agent.STATUSES_PER_CYCLE * 2 + 3)]
+        runtime, counts, part = self.start(names), [], None
+        for _ in range(4):
+            part = self.kernel_cycle(part.after if part else agent.PodsMemory())
+            counts.append(runtime.asked.count('ContainerStatus'))
+        bound = agent.STATUSES_PER_CYCLE
+        self.assertEqual([bound, 2 * bound, 2 * bound + 3, 2 * bound + 3], counts)
+        self.assertTrue(all(found.HasField('status') for found in part.message[0].container_metrics))
+
+    def test_status_that_fails_is_a_failure_and_not_asked_for_each_cycle(self) -> None:
+        runtime = self.start(ContainerStatus=grpc.StatusCode.INTERNAL)
+        part = self.kernel_cycle()
+        self.assertIn('INTERNAL', part.failures['container status'])
+        for _ in range(3):
+            part = self.kernel_cycle(part.after)
+        self.assertEqual(2, runtime.asked.count('ContainerStatus'))
+        runtime.answers['ContainerStatus'] = grpc.StatusCode.NOT_FOUND
+        self.assertNotIn('container status', self.first_cycle().failures)
+
+    def test_states_are_counted_and_the_runtime_is_described(self) -> None:
+        pods = [sandbox('a'), sandbox('b', cri.SANDBOX_NOTREADY), sandbox('c', cri.SANDBOX_NOTREADY)]
+        containers = [container(str(number), 'b', state) for number, state in enumerate((0, 1, 1, 2, 2, 2, 3))]
+        self.start(
+            ListPodSandbox=cri.ListPodSandboxResponse(items=pods), ListContainers=cri.ListContainersResponse(containers=containers),
+            Status=cri.StatusResponse(status=cri.RuntimeStatus(conditions=[
+                cri.RuntimeCondition(type='RuntimeReady', status=True), cri.RuntimeCondition(type='NetworkReady', status=False)])),
+            ImageFsInfo=cri.ImageFsInfoResponse(image_filesystems=[cri.FilesystemUsage(
+                timestamp=1, fs_id=cri.FilesystemIdentifier(mountpoint='/images'), used_bytes=value(2), inodes_used=value(3))]))
+        self.kernel_cycle()
+        self.assertEqual(json_format.MessageToDict(self.runtime_metrics, preserving_proto_field_name=True), {
+            'name': 'fake', 'version': '1.0', 'socket': self.socket, 'service': V1,
+            'conditions': {'RuntimeReady': True, 'NetworkReady': False}, 'sandboxes': {'SANDBOX_READY': '1', 'SANDBOX_NOTREADY': '2'},
+            'containers': {'CONTAINER_CREATED': '1', 'CONTAINER_RUNNING': '2', 'CONTAINER_EXITED': '3', 'CONTAINER_UNKNOWN': '1'},
+            'image_file_systems': [{'timestamp': '1', 'mountpoint': '/images', 'used_bytes': '2', 'inodes_used': '3'}]})
+
+    def test_restart_count_is_a_number_or_absent(self) -> None:
+        for text, expected in (('0', 0), ('17', 17), ('', None), ('many', None), ('-1', None), ('9' * 30, None)):
+            self.assertEqual(expected, agent.restart_count({'io.kubernetes.container.restartCount': text}))
+        self.assertIsNone(agent.restart_count({}))
+
+    def test_cost_grows_in_step_with_the_pods(self) -> None:
+        """Opened files and directories of a cycle: as many more from 10 pods to 20 as from 20 to 30."""
+        opened = []
+        for count in (10, 20, 30):
+            pods, containers, files = [], [], dict(V2)
+            for number in range(count):
+                pods.append(sandbox(f'{count + number:064x}'))
+                pods[-1].metadata.uid = f'uid{number:09}'
+                containers.append(container(f'{1 << 200 | number:064x}', pods[-1].id))
+                for path, name in (('', ''), (f'/{pods[-1].id}', str(number)), (f'/{containers[-1].id}', str(number))):
+                    files.update(below(f'sys/fs/cgroup/kubepods/pod{pods[-1].metadata.uid}{path}',
+                                       {**group(1, 2), 'cgroup.procs': f'{name}\n' if name else ''}))
+                files[f'proc/{number}/net/dev'] = NET_DEV
+            self.directory = tempfile.mkdtemp()
+            self.addCleanup(shutil.rmtree, self.directory)
+            self.socket = f'{self.directory}/run/cri.sock'
+            self.roots(files)
+            FakeRuntime(self, self.socket, ListPodSandbox=cri.ListPodSandboxResponse(items=pods),
+                        ListContainers=cri.ListContainersResponse(containers=containers))
+            memory = self.kernel_cycle().after
+            with mock.patch.object(agent, 'read_bytes', wraps=agent.read_bytes) as read, \
+                    mock.patch.object(agent, 'read_container_cgroups', wraps=agent.read_container_cgroups) as walk:
+                part = self.kernel_cycle(memory)
+            self.assertEqual(({'cgroup'}, False, 0), (
+                {source for source, _ in self.sources(part).values()}, part.message[0].host_network, walk.call_count))
+            opened.append(read.call_count)
+        self.assertEqual(opened[1] - opened[0], opened[2] - opened[1])
+        self.assertLess(opened[0], 10 * 40)
+
 
 class PodsTest(ServerTest):
     def cycles(self, runtime: FakeRuntime, answers: Iterable[Any]) -> List[wire.ContainerMetrics]:
