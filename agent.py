@@ -2073,22 +2073,21 @@ def explain_tls(relay: Relay) -> Optional[str]:
     """Why the handshake fails, in the words of Python's ssl; None where it does not."""
     host, _, port = relay.address.rpartition(':')
     name = relay.server_name or host.strip('[]')
+    about = f' (--relay-cert {relay.cert})' if relay.cert else ' (no --relay-cert was given)'
     try:
         with socket.create_connection((host.strip('[]'), int(port)), TLS_PROBE_SECONDS) as plain:
             with tls_context(relay).wrap_socket(plain, server_hostname=name) as tls:
-                # In TLS 1.3 the verdict on our certificate comes after the handshake.
-                tls.recv(1)
+                # In TLS 1.3 the verdict on our certificate comes after the handshake; from grpc's C core, without a word.
+                return None if tls.recv(1) else f'the relay hangs up after the TLS handshake{about}'
     except ssl.SSLCertVerificationError as error:
         return f"the relay's certificate, checked against {' '.join(ca_file(relay))}: {error.verify_message}"
     except ssl.SSLError as error:
         if error.reason in NO_TLS or isinstance(error, ssl.SSLEOFError):
             return 'it does not seem to speak TLS'
-        about = f' (--relay-cert {relay.cert})' if relay.cert else ' (no --relay-cert was given)'
         alert = (error.reason or str(error)).replace('_', ' ').lower()
         return f'TLS: {alert}' + (about if 'certificate' in alert or 'unknown ca' in alert else '')
     except (OSError, RelayError):
         return None
-    return None
 
 
 # --- relay

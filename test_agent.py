@@ -25,6 +25,7 @@ import re
 import shutil
 import signal
 import socket
+import ssl
 import stat
 import subprocess
 import sys
@@ -1558,12 +1559,14 @@ def setUpModule() -> None:
 class FakeServer:
     """A gRPC server whose methods are looked up by `find`; it and its threads end with the test."""
 
-    def __init__(self, test: unittest.TestCase, address: str, options: Iterable[Tuple[str, Any]] = ()):
+    def __init__(self, test: unittest.TestCase, address: str, options: Iterable[Tuple[str, Any]] = (),
+                 credentials: Optional[grpc.ServerCredentials] = None):
         self.pool = concurrent.futures.ThreadPoolExecutor(16)
         self.server = grpc.server(self.pool, options=[('grpc.max_send_message_length', -1), *options])
         self.server.add_generic_rpc_handlers((self,))
         self.changed, self.released = threading.Condition(), False
-        self.port = self.server.add_insecure_port(address)
+        self.port = (self.server.add_secure_port(address, credentials) if credentials else
+                     self.server.add_insecure_port(address))
         self.server.start()
         test.addCleanup(self.close)
 
@@ -1676,13 +1679,13 @@ class FakeRelay(FakeServer):
     `acknowledged` if they were."""
 
     def __init__(self, test: unittest.TestCase, *script: Behaviour, usual: Behaviour = acknowledge, port: int = 0,
-                 limit_bytes: int = 4 << 20):
+                 limit_bytes: int = 4 << 20, credentials: Optional[grpc.ServerCredentials] = None):
         self.script: Deque[Behaviour] = collections.deque(script)
         self.usual = usual
         self.arrived: queue.Queue[wire.Metrics] = queue.Queue()
         self.streams: queue.Queue[List[int]] = queue.Queue()
         self.acknowledged: queue.Queue[int] = queue.Queue()
-        super().__init__(test, f'127.0.0.1:{port}', [('grpc.max_receive_message_length', limit_bytes)])
+        super().__init__(test, f'127.0.0.1:{port}', [('grpc.max_receive_message_length', limit_bytes)], credentials)
         self.address = f'127.0.0.1:{self.port}'
 
     def find(self, service: str, method: str) -> Optional[grpc.RpcMethodHandler]:
@@ -1808,7 +1811,8 @@ class ServerTest(unittest.TestCase):
         process = subprocess.Popen(
             [*settings.get('prefix', ()), sys.executable, agent.__file__, '--procfs', roots.procfs, '--sysfs', roots.sysfs,
              '--rootfs', settings.get('rootfs', roots.rootfs), '--log-file', f'{self.directory}/log', *arguments],
-            stdin=subprocess.DEVNULL, stdout=settings.get('stdout', subprocess.PIPE), stderr=subprocess.PIPE, text=True,
+            stdin=subprocess.DEVNULL, stdout=settings.get('stdout', subprocess.PIPE),
+            stderr=settings.get('stderr', subprocess.PIPE), text=True,
             env={**inherited, **settings.get('environment', {})})
         self.addCleanup(self.end, process)
         return process
@@ -2609,7 +2613,7 @@ class MemoryBacklogTest(unittest.TestCase):
 
 # --- backlog and relay
 
-class DeliveryTest(ServerTest):
+class RelayTest(ServerTest):
     def setUp(self) -> None:
         """A pause after a failure is announced in `pauses`, and very short."""
         super().setUp()
@@ -2627,8 +2631,8 @@ class DeliveryTest(ServerTest):
         for timestamp in timestamps:
             self.assertEqual(agent.add_snapshot(backlog, wire.Metrics(timestamp=timestamp).SerializeToString()), {})
 
-    def deliver(self, backlog: agent.Backlog, address: str) -> threading.Thread:
-        sender = agent.start_delivery(backlog, agent.Relay(address))
+    def deliver(self, backlog: agent.Backlog, address: str, **settings: Any) -> threading.Thread:
+        sender = agent.start_delivery(backlog, agent.Relay(address, **settings))
         self.addCleanup(agent.close_backlog, backlog, sender, 0.1)
         return sender
 
@@ -2638,6 +2642,8 @@ class DeliveryTest(ServerTest):
         self.assertFalse(sender.is_alive())
         return left
 
+
+class DeliveryTest(RelayTest):
     def test_what_is_acknowledged_is_sent_once_and_in_order(self) -> None:
         relay, backlog = FakeRelay(self), self.backlog(1, 2, 3)
         sender = self.deliver(backlog, relay.address)
@@ -2840,6 +2846,262 @@ class BackoffTest(unittest.TestCase):
                 pauses = [agent.backoff_seconds(failures) for _ in range(500)]
                 self.assertTrue(0 <= min(pauses) < longest / 10)
                 self.assertTrue(longest * 0.4 < max(pauses) <= longest)
+
+
+# --- TLS
+
+def openssl(directory: str, *arguments: str) -> None:
+    subprocess.run(['openssl', *arguments], cwd=directory, check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                   stderr=subprocess.DEVNULL)
+
+
+def make_certificate(directory: str, name: str, issuer: str = '', names: str = '', days: int = 2) -> None:
+    """NAME.pem and NAME.key; without an issuer, its own."""
+    key = ('-newkey', 'ec', '-pkeyopt', 'ec_paramgen_curve:P-256', '-nodes', '-keyout', f'{name}.key', '-subj', f'/CN={name}')
+    if not issuer:
+        return openssl(directory, 'req', '-x509', *key, '-days', str(days), '-out', f'{name}.pem')
+    openssl(directory, 'req', '-new', *key, '-out', f'{name}.csr')
+    with open(f'{directory}/{name}.ext', 'w', encoding='utf-8') as file:
+        file.write(f'subjectAltName={names}\n' if names else '')
+    return openssl(directory, 'x509', '-req', '-in', f'{name}.csr', '-CA', f'{issuer}.pem', '-CAkey', f'{issuer}.key',
+                   '-set_serial', str(hash(name) % 10**9), '-days', str(days), '-extfile', f'{name}.ext', '-out', f'{name}.pem')
+
+
+class TlsTest(RelayTest):
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.certificates = tempfile.mkdtemp()
+        cls.addClassCleanup(shutil.rmtree, cls.certificates)
+        for name in ('ca', 'other-ca'):
+            make_certificate(cls.certificates, name)
+        for name, issuer, names, days in (
+                ('relay', 'ca', 'IP:127.0.0.1,DNS:localhost', 2), ('named', 'ca', 'DNS:relay.example', 2),
+                ('expired', 'ca', 'IP:127.0.0.1', -1), ('agent', 'ca', '', 2), ('agent-2', 'ca', '', 2),
+                ('stranger', 'other-ca', '', 2), ('expired-agent', 'ca', '', -1)):
+            make_certificate(cls.certificates, name, issuer, names, days)
+        with open(f'{cls.certificates}/garbage', 'w', encoding='utf-8') as file:
+            file.write('garbage')
+
+    def path(self, name: str) -> str:
+        return f'{self.certificates}/{name}'
+
+    def read(self, name: str) -> bytes:
+        with open(self.path(name), 'rb') as file:
+            return file.read()
+
+    def relay(self, name: str = 'relay', mutual: bool = False, **settings: Any) -> FakeRelay:
+        """A relay with this certificate; it tells in `peers` who has spoken to it, and with which token."""
+        credentials = grpc.ssl_server_credentials([(self.read(f'{name}.key'), self.read(f'{name}.pem'))],
+                                                  self.read('ca.pem') if mutual else None, mutual)
+        relay = FakeRelay(self, credentials=credentials, usual=self.note_and_acknowledge, **settings)
+        return relay
+
+    def note_and_acknowledge(self, messages: Iterator[wire.Metrics], context: grpc.ServicerContext) -> Iterator[bytes]:
+        self.peers.put((context.auth_context().get('x509_common_name', [b''])[0].decode(),
+                        dict(context.invocation_metadata()).get('authorization')))
+        return acknowledge(messages, context)
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.peers: queue.Queue[Tuple[str, Optional[str]]] = queue.Queue()
+
+    def copy(self, name: str, to: str) -> str:
+        """A file of its own, put in place as a whole."""
+        path = f'{self.directory}/{to}'
+        shutil.copy(self.path(name), f'{path}.new')
+        os.chmod(f'{path}.new', 0o600)
+        os.rename(f'{path}.new', path)
+        return path
+
+    def trouble(self, address: str, **settings: Any) -> str:
+        """The one warning about a relay to which nothing gets through."""
+        backlog = self.backlog(1)
+        with self.assertLogs('kubensage-agent') as logged:
+            sender = self.deliver(backlog, address, tls=True, **settings)
+            for _ in range(3):
+                self.pauses.get(timeout=PATIENCE_SECONDS)
+            self.assertEqual(self.drain(backlog, sender), 1)
+        self.assertEqual(len(logged.output), 1, logged.output)
+        self.assertNotIn('PRIVATE KEY', logged.output[0])
+        return logged.output[0]
+
+    def test_both_sides_show_certificates_and_the_agent_a_token(self) -> None:
+        self.roots({'token': 's3cret\n'})
+        relay, backlog = self.relay(mutual=True), self.backlog(1, 2)
+        sender = self.deliver(backlog, relay.address, tls=True, ca=self.path('ca.pem'), cert=self.path('agent.pem'),
+                              key=self.path('agent.key'), token_file=f'{self.directory}/token')
+        self.assertEqual(relay.next_streams(1), [[1, 2]])
+        self.assertEqual(self.peers.get(timeout=PATIENCE_SECONDS), ('agent', 'Bearer s3cret'))
+        self.assertEqual(self.drain(backlog, sender), 0)
+
+    def test_another_name_in_the_certificate_may_be_given(self) -> None:
+        relay, backlog = self.relay('named'), self.backlog(1)
+        self.deliver(backlog, relay.address, tls=True, ca=self.path('ca.pem'), server_name='relay.example')
+        self.assertEqual(relay.next_streams(1), [[1]])
+
+    def test_the_roots_of_the_system_are_trusted_without_a_ca(self) -> None:
+        with mock.patch.dict(os.environ, SSL_CERT_FILE=self.path('ca.pem')):
+            relay, backlog = self.relay(), self.backlog(1)
+            self.deliver(backlog, relay.address, tls=True)
+            self.assertEqual(relay.next_streams(1), [[1]])
+        with mock.patch.dict(os.environ, SSL_CERT_FILE=self.path('other-ca.pem')):
+            self.assertIn(f'checked against --relay-tls {self.path("other-ca.pem")}: ', self.trouble(relay.address))
+        with mock.patch.object(agent, 'SYSTEM_ROOTS', ('/no/roots.pem',)), mock.patch.dict(os.environ, SSL_CERT_FILE=''):
+            self.assertIn('--relay-tls: no roots of the system at /no/roots.pem', self.trouble(relay.address))
+
+    def test_a_certificate_that_is_not_to_be_trusted_is_one_line_with_file_and_reason(self) -> None:
+        checked = f"the relay's certificate, checked against --relay-ca {self.path('ca.pem')}: "
+        for what, name, ca, expected in (
+                ('wrong CA', 'relay', 'other-ca.pem', f'--relay-ca {self.path("other-ca.pem")}: unable to get local issuer certificate'),
+                ('wrong name', 'named', 'ca.pem', checked + "IP address mismatch, certificate is not valid for '127.0.0.1'"),
+                ('expired', 'expired', 'ca.pem', checked + 'certificate has expired')):
+            with self.subTest(what):
+                self.assertIn(expected, self.trouble(self.relay(name).address, ca=self.path(ca)))
+
+    def test_a_file_that_does_not_do_is_one_line_with_file_and_reason(self) -> None:
+        relay, path = self.relay(), self.path
+        good = dict(ca=path('ca.pem'), cert=path('agent.pem'), key=path('agent.key'))
+        self.roots({'token': 'two\nlines', 'empty': ''})
+        for what, files, expected in (
+                ('missing CA', {'ca': path('none.pem')}, f'--relay-ca {path("none.pem")}: No such file or directory'),
+                ('missing certificate', {'cert': path('none.pem')}, f'--relay-cert {path("none.pem")}: No such file or directory'),
+                ('missing key', {'key': path('none.key')}, f'--relay-key {path("none.key")}: No such file or directory'),
+                ('CA is no certificate', {'ca': path('garbage')}, f'--relay-ca {path("garbage")}: holds no certificate in PEM format'),
+                ('certificate is none', {'cert': path('garbage')}, f'--relay-cert {path("garbage")}, --relay-key {path("agent.key")}: not a'),
+                ('key of another', {'key': path('agent-2.key')}, f'--relay-key {path("agent-2.key")}: the key is not that of'),
+                ('missing token', {'token_file': path('none')}, f'--relay-token-file {path("none")}: No such file or directory'),
+                ('no token', {'token_file': f'{self.directory}/empty'}, f'--relay-token-file {self.directory}/empty: holds no token'),
+                ('two tokens', {'token_file': f'{self.directory}/token'}, f'--relay-token-file {self.directory}/token: holds no token')):
+            with self.subTest(what):
+                line = self.trouble(relay.address, **{**good, **files})
+                self.assertIn(f'relay {relay.address}: not connected: --relay-', line)
+                self.assertIn(expected, line)
+
+    def test_a_relay_that_hangs_up_on_our_certificate_is_one_line(self) -> None:
+        """As gRPC's C core does."""
+        relay = self.relay(mutual=True)
+        for name in ('', 'stranger', 'expired-agent'):
+            with self.subTest(name):
+                files = dict(cert=self.path(f'{name}.pem'), key=self.path(f'{name}.key')) if name else {}
+                about = f' (--relay-cert {self.path(name)}.pem)' if name else ' (no --relay-cert was given)'
+                self.assertIn(f'the relay hangs up after the TLS handshake{about}', self.trouble(
+                    relay.address, ca=self.path('ca.pem'), **files))
+
+    def test_what_the_relay_says_of_our_certificate_is_the_reason(self) -> None:
+        """As Go does, and OpenSSL."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.verify_mode = ssl.CERT_REQUIRED
+        context.load_verify_locations(self.path('ca.pem'))
+        context.load_cert_chain(self.path('relay.pem'), self.path('relay.key'))
+
+        def answer_once(listener: socket.socket) -> None:
+            with contextlib.suppress(OSError), context.wrap_socket(listener.accept()[0], server_side=True) as connection:
+                connection.recv(1)
+
+        for name, expected in (('', r'certificate required \(no --relay-cert was given\)'),
+                               ('stranger', r'unknown ca \(--relay-cert .*/stranger.pem\)'),
+                               ('expired-agent', r'certificate expired \(--relay-cert .*/expired-agent.pem\)')):
+            with self.subTest(name), contextlib.closing(socket.create_server(('127.0.0.1', 0))) as listener:
+                files = dict(cert=self.path(f'{name}.pem'), key=self.path(f'{name}.key')) if name else {}
+                thread = threading.Thread(target=answer_once, args=(listener,))
+                thread.start()
+                self.assertRegex(agent.explain_tls(agent.Relay('{}:{}'.format(*listener.getsockname()), True,
+                                                               ca=self.path('ca.pem'), **files)) or '', expected)
+                thread.join(PATIENCE_SECONDS)
+
+    def test_a_relay_that_speaks_no_tls_is_one_line(self) -> None:
+        self.assertIn('it does not seem to speak TLS', self.trouble(FakeRelay(self).address, ca=self.path('ca.pem')))
+
+    def test_certificate_and_token_are_rotated_without_a_restart(self) -> None:
+        self.roots({'token': 'one\n'})
+        files = dict(cert=self.copy('stranger.pem', 'cert'), key=self.copy('stranger.key', 'key'))
+        relay, backlog = self.relay(mutual=True), self.backlog(1)
+        sender = self.deliver(backlog, relay.address, tls=True, ca=self.path('ca.pem'), token_file=f'{self.directory}/token', **files)
+        self.pauses.get(timeout=PATIENCE_SECONDS)
+        for number, (name, token) in enumerate((('agent', 'one'), ('agent-2', 'one'), ('agent-2', 'two'))):
+            self.copy(f'{name}.key', 'key')
+            self.copy(f'{name}.pem', 'cert')
+            self.roots({'token': f'{token}\n'})
+            if number:
+                self.add(backlog, number + 1)
+            self.assertEqual(self.peers.get(timeout=PATIENCE_SECONDS), (name, f'Bearer {token}'))
+            self.assertEqual(relay.next_streams(1), [[number + 1]])
+        connections = backlog.connections
+        self.add(backlog, 4)
+        relay.next_streams(1)
+        self.assertEqual((self.drain(backlog, sender), backlog.connections), (0, connections))
+
+    def test_another_trouble_during_an_outage_is_told_as_well(self) -> None:
+        backlog, path = self.backlog(1), f'{self.directory}/ca'
+        with self.assertLogs('kubensage-agent') as logged:
+            sender = self.deliver(backlog, self.relay().address, tls=True, ca=path)
+            self.pauses.get(timeout=PATIENCE_SECONDS)
+            self.copy('other-ca.pem', 'ca')
+            while len(logged.output) < 2:
+                self.pauses.get(timeout=PATIENCE_SECONDS)
+            self.copy('ca.pem', 'ca')
+            while backlog.snapshots:
+                backlog.closing.wait(0.01)
+            self.drain(backlog, sender)
+        self.assertEqual([record.levelname for record in logged.records], ['WARNING', 'WARNING', 'INFO'])
+        self.assertIn('No such file', logged.output[0])
+        self.assertIn('unable to get local issuer', logged.output[1])
+
+    def test_options_that_do_not_go_together_end_it_with_2(self) -> None:
+        for arguments, expected in (
+                (['--relay-token-file', '/t'], '--relay-token-file needs TLS: --relay-tls, or --relay-ca FILE'),
+                (['--relay-server-name', 'x'], '--relay-server-name needs TLS'),
+                (['--relay-cert', '/c', '--relay-tls'], '--relay-cert and --relay-key go together'),
+                (['--relay-key', '/k'], '--relay-cert and --relay-key go together')):
+            with self.subTest(arguments), self.assertRaises(SystemExit) as ended, \
+                    contextlib.redirect_stderr(io.StringIO()) as err:
+                agent.parse_options(['--relay-address', 'relay:1', *arguments], {})
+            self.assertEqual(ended.exception.code, 2)
+            self.assertIn(expected, err.getvalue())
+        for arguments, expected in (([], False), (['--relay-tls'], True), (['--relay-ca', '/c'], True),
+                                    (['--relay-cert', '/c', '--relay-key', '/k'], True)):
+            self.assertEqual(agent.parse_options(arguments, {}).relay_tls, expected)
+
+    def exposure(self, relay: agent.Relay) -> List[str]:
+        log = logging.getLogger('kubensage-agent')
+        with self.assertLogs(log) as logged:
+            log.info('at least one line')
+            agent.log_exposure(relay)
+        return logged.output[1:]
+
+    def test_a_secret_that_others_can_read_is_a_warning(self) -> None:
+        key, token = self.copy('agent.key', 'key'), self.copy('garbage', 'token')
+        relay = agent.Relay('192.0.2.1:1', True, key=key, token_file=token)
+        self.assertEqual(self.exposure(relay), [])
+        for path in (key, token):
+            os.chmod(path, 0o640)
+        self.assertEqual(self.exposure(relay), [
+            f'WARNING:kubensage-agent:{path} can be read by other users: `chmod go-r {path}` mends it' for path in (key, token)])
+
+    def test_plain_text_is_a_warning_unless_it_stays_on_the_machine(self) -> None:
+        for address, warned in (('127.0.0.1:1', False), ('localhost:1', False), ('[::1]:1', False), ('10.0.0.1:1', True),
+                                ('relay:1', True), ('localhost.example:1', True), ('127.0.0.1.example:1', True)):
+            with self.subTest(address):
+                lines = self.exposure(agent.Relay(address))
+                self.assertEqual(len(lines), warned, lines)
+                self.assertEqual(self.exposure(agent.Relay(address, tls=True)), [])
+
+    def test_nothing_secret_is_logged_or_in_a_snapshot(self) -> None:
+        self.roots({'token': 's3cret-token\n'})
+        relay = self.relay(mutual=True)
+        relay.script.append(refuse)
+        process = self.start_agent(
+            '--relay-address', relay.address, '--relay-ca', self.path('ca.pem'), '--relay-cert', self.path('agent.pem'),
+            '--relay-key', self.copy('agent.key', 'key'), '--relay-token-file', f'{self.directory}/token', '--once',
+            '--log-level', 'debug', '--cri-socket', self.socket)
+        out, troubles = self.troubles(process)
+        snapshot = relay.next_arrived(1)[0] if not relay.arrived.empty() else wire.Metrics()
+        key = self.read('agent.key').split(b'\n')[1].decode()
+        with open(f'{self.directory}/log', encoding='utf-8') as file:
+            everything = file.read() + out + ''.join(troubles) + str(snapshot)
+        self.assertIn('PERMISSION_DENIED', everything)
+        for secret in ('s3cret-token', key):
+            self.assertNotIn(secret, everything)
 
 
 # --- main loop
