@@ -15,6 +15,7 @@ import glob
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import logging
 import math
@@ -27,6 +28,7 @@ import signal
 import socket
 import ssl
 import stat
+import struct
 import subprocess
 import sys
 import tarfile
@@ -3232,6 +3234,321 @@ class MainLoopTest(ServerTest):
         snapshot, = map(json.loads, out.splitlines())
         cpu = snapshot['pod_metrics'][0]['container_metrics'][0]['cpu_metrics']
         self.assertEqual(int(cpu['usage_nano_cores']), 6)
+
+
+class LoadTest(unittest.TestCase):
+    """The loop with a clock of its own: a cycle takes as long as the test says, and waiting takes no time."""
+
+    def run_loop(self, durations: Sequence[float]) -> Tuple[List[float], agent.Run, List[str]]:
+        """When each cycle began, in intervals; what the run counted; and the log."""
+        self.now, begun, runs, left = 100.0, [], [], collections.deque(durations)
+        under_way = []
+
+        def run_cycle(roots: Any, options: Any, memory: Any, thread: Any, run: agent.Run, backlog: Any) -> Any:
+            self.assertEqual(under_way, [])
+            under_way.append(run)
+            begun.append((self.now - 100) / 5)
+            runs.append(run)
+            self.now += left.popleft()
+            under_way.clear()
+            if self.now > 1000:
+                raise ZeroDivisionError
+            return memory, {}
+
+        def stopped_within(descriptor: int, seconds: float) -> bool:
+            self.now += max(0, seconds)
+            return not left
+
+        options = agent.parse_options([], {})
+        clock = types.SimpleNamespace(**{**vars(time), 'monotonic': lambda: self.now})
+        with self.assertLogs('kubensage-agent', 'DEBUG') as logged, mock.patch.multiple(
+                agent, run_cycle=run_cycle, stopped_within=stopped_within, time=clock, install_signals=lambda: 0):
+            logging.getLogger('kubensage-agent').debug('at least one line')
+            self.assertEqual(agent.run_loop(LIVE, options), 0)
+        return begun, runs[-1], logged.output[1:]
+
+    def test_cycles_that_take_long_skip_ticks_and_it_is_said_when_that_begins_and_ends(self) -> None:
+        begun, run, log = self.run_loop([1, 4.9, 6, 12, 17, 1, 1, 1])
+        self.assertEqual([round(tick) for tick in begun], [0, 1, 2, 4, 7, 11, 12, 13])
+        self.assertEqual(run.skipped_ticks, 1 + 2 + 3)
+        self.assertEqual(log, ['WARNING:kubensage-agent:pace: a cycle takes longer than 5 s: ticks are skipped',
+                               'INFO:kubensage-agent:pace: well again'])
+
+    def test_a_bug_costs_one_snapshot_and_is_logged_with_its_traceback(self) -> None:
+        begun, run, log = self.run_loop([1, 950, 1])
+        self.assertEqual((len(begun), run.failures['bug']), (3, 2))
+        self.assertIn('Traceback', log[0])
+
+
+class WatchdogTest(ServerTest):
+    def notify_socket(self, address: str) -> socket.socket:
+        notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.addCleanup(notify.close)
+        notify.bind(address)
+        notify.settimeout(PATIENCE_SECONDS)
+        return notify
+
+    def test_systemd_hears_of_each_cycle_and_of_the_end(self) -> None:
+        FakeRuntime(self, self.socket)
+        path = f'{self.directory}/notify'
+        notify, relay = self.notify_socket(path), FakeRelay(self)
+        process = self.start_agent('--cri-socket', self.socket, '--main-loop-duration', '0.1', '--relay-address', relay.address,
+                                   environment={'NOTIFY_SOCKET': path})
+        heard = [notify.recv(4096).decode() for _ in range(4)]
+        for number, message in enumerate(heard):
+            self.assertRegex(message, ('READY=1\n' if number == 0 else '^') +
+                             r'WATCHDOG=1\nSTATUS=1 pods, 1 containers, \d+ snapshots wait for the relay')
+        process.terminate()
+        while 'WATCHDOG' in heard[-1]:
+            heard.append(notify.recv(4096).decode())
+        self.assertEqual((heard[-1], sum('READY' in message for message in heard)), ('STOPPING=1', 1))
+        self.assertEqual(process.wait(PATIENCE_SECONDS), 0)
+
+    def test_the_watchdog_hears_nothing_of_cycles_that_do_not_complete(self) -> None:
+        path = f'{self.directory}/notify'
+        notify = self.notify_socket(path)
+        notify.setblocking(False)
+        arguments = LIVE, agent.parse_options([], {}), agent.Memory(), None, agent.Run(), None
+        with mock.patch.dict(os.environ, NOTIFY_SOCKET=path):
+            for broken in ('collect_snapshot', 'hand_over'):
+                with mock.patch.object(agent, 'collect_snapshot', lambda *arguments: agent.Part(wire.Metrics(), None, {})), \
+                        mock.patch.object(agent, broken, mock.Mock(side_effect=ZeroDivisionError)), \
+                        self.assertRaises(ZeroDivisionError):
+                    agent.run_cycle(*arguments)
+                self.assertRaises(BlockingIOError, notify.recv, 4096)
+
+    def test_an_abstract_socket_is_one_that_begins_with_an_at(self) -> None:
+        name = f'kubensage-{uuid.uuid4()}'
+        notify = self.notify_socket(f'\0{name}')
+        with mock.patch.dict(os.environ, NOTIFY_SOCKET=f'@{name}'):
+            agent.notify_systemd('WATCHDOG=1')
+        self.assertEqual(notify.recv(100), b'WATCHDOG=1')
+
+    def test_without_systemd_or_with_a_full_socket_nothing_happens(self) -> None:
+        path = f'{self.directory}/notify'
+        self.notify_socket(path)
+        for address, count in (('', 1), (f'{self.directory}/none', 1), (path, 2000)):
+            with mock.patch.dict(os.environ, NOTIFY_SOCKET=address):
+                for _ in range(count):
+                    agent.notify_systemd('WATCHDOG=1')
+
+    def test_the_status_is_one_line_whatever_the_troubles_are_called(self) -> None:
+        line = agent.status_line(wire.Metrics(), None, {'mount /a\nREADY=1': 'x', 'cpu': 'y'})
+        self.assertEqual(line, '0 pods, 0 containers; in trouble: cpu, mount /a?READY=1')
+
+
+# --- nothing grows
+
+class LeakTest(ServerTest):
+    """Many cycles in this process: the agent's threads and open files stay as many as they were."""
+
+    def used(self) -> Tuple[int, int]:
+        threads = [thread for thread in threading.enumerate() if not thread.name.startswith('ThreadPoolExecutor')]
+        return len(threads), len(os.listdir('/proc/self/fd'))
+
+    def check(self, relay: agent.Relay, backlog: agent.Backlog, cycles: int = 60, warm: int = 15) -> None:
+        FakeRuntime(self, self.socket)
+        options = agent.parse_options(['--cri-socket', self.socket], {})
+        memory, run, used = agent.Memory(), agent.Run(), []
+        with mock.patch.object(agent, 'backoff_seconds', lambda failures: 0.001), \
+                concurrent.futures.ThreadPoolExecutor(1, 'pods') as pods_thread:
+            sender = agent.start_delivery(backlog, relay)
+            for number in range(cycles):
+                memory, _ = agent.run_cycle(LIVE, options, memory, pods_thread, run, backlog)
+                # The asking thread of statvfs and a stream may be under way: what counts is what stays.
+                used += [self.used()] * (number >= warm)
+            agent.close_backlog(backlog, sender, PATIENCE_SECONDS)
+        memory.pods.runtime.channel.close()
+        quarter = len(used) // 4
+        for which in (0, 1):
+            self.assertLessEqual(min(row[which] for row in used[-quarter:]), max(row[which] for row in used[:quarter]))
+
+    def test_cycles_with_a_relay(self) -> None:
+        backlog = agent.Backlog(600)
+        self.check(agent.Relay(FakeRelay(self).address), backlog)
+        self.assertEqual(len(backlog.snapshots), 0)
+
+    def test_cycles_while_the_relay_is_down_with_a_spool(self) -> None:
+        os.mkdir(f'{self.directory}/spool')
+        with contextlib.closing(socket.socket()) as silent:
+            silent.bind(('127.0.0.1', 0))
+            backlog = agent.Backlog(600, spool=f'{self.directory}/spool')
+            self.check(agent.Relay('127.0.0.1:{1}'.format(*silent.getsockname())), backlog)
+        self.assertEqual((len(backlog.snapshots), backlog.memory_bytes), (60, 0))
+        self.assertGreater(backlog.connections, 20)
+
+
+# --- faults, all of them at once
+
+FAULT_SEED = 1
+
+
+def hold(file: int, messages: Iterable[wire.Metrics]) -> None:
+    """Write down a whole stream at once: a relay that is killed holds all of it or nothing."""
+    lines = [f'{metrics.agent_metrics.run_id} {metrics.agent_metrics.sequence} {metrics.agent_metrics.timestamp_ns}\n'
+             for metrics in messages]
+    os.write(file, ''.join(lines).encode())
+
+
+def play_relay(port: int, path: str, seed: Optional[int]) -> None:
+    """A relay, as a process to be killed. It holds what it has written to the file before it answered; with a seed,
+    it refuses, hesitates, cuts streams, and loses answers."""
+    chance, file = random.Random(seed), os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    troubles = ('none', 'none', 'none', 'refuse', 'cut', 'slow', 'answer lost', 'no answer') if seed else ('none',)
+
+    def behave(messages: Iterator[wire.Metrics], context: grpc.ServicerContext) -> Iterator[bytes]:
+        trouble = chance.choice(troubles)
+        if trouble == 'refuse':
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, 'too many streams')
+        if trouble == 'cut':
+            collections.deque(itertools.islice(messages, chance.randrange(5)), 0)
+            context.abort(grpc.StatusCode.UNAVAILABLE, 'cut')
+        arrived = list(messages)
+        if trouble == 'slow':
+            threading.Event().wait(chance.uniform(0, 1))
+        hold(file, arrived)
+        if trouble == 'answer lost':
+            context.abort(grpc.StatusCode.UNAVAILABLE, 'the answer is lost')
+        yield from () if trouble == 'no answer' else [b'']
+
+    FakeRelay(unittest.TestCase(), usual=behave, port=port).server.wait_for_termination()
+
+
+def play_runtime(path: str, seed: int) -> None:
+    """A runtime, as a process to be killed, which now and then is slow, fails, or talks nonsense."""
+    chance, runtime = random.Random(seed), FakeRuntime(unittest.TestCase(), path)
+    usual = runtime.answer
+
+    def answer(method: str, context: grpc.ServicerContext) -> bytes:
+        trouble = chance.random()
+        if trouble < 0.05:
+            threading.Event().wait(chance.uniform(0, 1))
+        elif trouble < 0.1:
+            context.abort(grpc.StatusCode.INTERNAL, 'bad luck')
+        return b'\xff\xff' if 0.1 < trouble < 0.12 else usual(method, context)
+
+    runtime.answer = answer
+    runtime.server.wait_for_termination()
+
+
+class FaultTest(ServerTest):
+    """What was taken, the agent tells on the watchdog's socket, a datagram a cycle; what arrived, the relay's file tells."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.chance, self.held, self.taken = random.Random(FAULT_SEED), f'{self.directory}/held', collections.Counter()
+        self.notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.addCleanup(self.notify.close)
+        self.notify.bind(f'{self.directory}/notify')
+        # Each datagram then comes with the process id of its sender.
+        self.notify.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        reserved = socket.socket()
+        self.addCleanup(reserved.close)
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        reserved.bind(('127.0.0.1', 0))
+        self.port = reserved.getsockname()[1]
+        self.log = self.enter(open(f'{self.directory}/stderr', 'w+', encoding='utf-8'))
+        # When each agent was started, by the clock of its snapshots, and its process id.
+        self.starts: List[Tuple[int, int]] = []
+
+    def enter(self, file: Any) -> Any:
+        self.addCleanup(file.close)
+        return file
+
+    def play(self, code: str) -> subprocess.Popen:
+        process = subprocess.Popen([sys.executable, '-c', f'import test_agent; test_agent.{code}'],
+                                   cwd=os.path.dirname(os.path.abspath(__file__)), stdin=subprocess.DEVNULL)
+        self.addCleanup(self.end, process)
+        return process
+
+    def start_relay(self, reliable: bool = False) -> subprocess.Popen:
+        return self.play(f'play_relay({self.port}, {self.held!r}, {None if reliable else self.chance.randrange(1, 10**6)})')
+
+    def start_runtime(self) -> subprocess.Popen:
+        return self.play(f'play_runtime({self.socket!r}, {self.chance.randrange(10**6)})')
+
+    def start_spooling_agent(self) -> subprocess.Popen:
+        started = time.time_ns()
+        process = self.start_agent(
+            '--cri-socket', self.socket, '--relay-address', f'127.0.0.1:{self.port}', '--main-loop-duration', '0.2',
+            '--spool-dir', f'{self.directory}/spool', stdout=subprocess.DEVNULL, stderr=self.log,
+            environment={'NOTIFY_SOCKET': f'{self.directory}/notify'})
+        self.starts.append((started, process.pid))
+        return process
+
+    def watch(self, seconds: float, enough: Callable[[], bool] = lambda: False) -> None:
+        """Count the snapshots taken, by process, for so long or until it is enough."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and not enough():
+            self.notify.settimeout(max(0.001, min(0.2, end - time.monotonic())))
+            with contextlib.suppress(socket.timeout):
+                text, ancillary, _, _ = self.notify.recvmsg(4096, socket.CMSG_SPACE(12))
+                pid, _, _ = struct.unpack('iii', ancillary[0][2])
+                self.taken[pid] += b'WATCHDOG=1' in text
+
+    def pause(self, process: subprocess.Popen) -> None:
+        process.send_signal(signal.SIGSTOP)
+        self.watch(self.chance.uniform(0.1, 1))
+        process.send_signal(signal.SIGCONT)
+
+    def make_trouble(self, seconds: float) -> Dict[str, subprocess.Popen]:
+        """All kinds of it in turns, in another order each turn; the processes that run at the end."""
+        start = {'relay': self.start_relay, 'runtime': self.start_runtime, 'agent': self.start_spooling_agent}
+        running = {name: start[name]() for name in start}
+        turn, end = [], time.monotonic() + seconds
+        while time.monotonic() < end:
+            turn = turn or self.chance.sample(['relay stops', 'runtime stops', 'relay dies', 'runtime dies', 'agent dies'], 5)
+            name, what = turn.pop().split()
+            self.watch(self.chance.uniform(0.1, 0.8))
+            if what == 'stops':
+                self.pause(running[name])
+                continue
+            self.end(running[name])
+            self.watch(self.chance.uniform(0, 0.5))
+            running[name] = start[name]()
+        return running
+
+    def calm_down(self, running: Dict[str, subprocess.Popen]) -> None:
+        """A relay that does its duty; the agent ends once it has taken one more snapshot, and delivers everything."""
+        self.end(running['relay'])
+        self.start_relay(reliable=True)
+        with contextlib.closing(socket.socket()) as probe:
+            wait_for('the relay', lambda: probe.connect_ex(('127.0.0.1', self.port)) == 0)
+        pid = running['agent'].pid
+        self.watch(PATIENCE_SECONDS, lambda: self.taken[pid] > 0)
+        running['agent'].terminate()
+        self.watch(PATIENCE_SECONDS, lambda: running['agent'].poll() is not None)
+        self.assertEqual(running['agent'].wait(PATIENCE_SECONDS), 0)
+        self.watch(0.1)
+
+    def read_held(self) -> Dict[str, Tuple[int, 'collections.Counter[int]']]:
+        """By run id: the time of its first snapshot, and how often the relay holds each sequence number."""
+        runs: Dict[str, Tuple[int, 'collections.Counter[int]']] = {}
+        with open(self.held, encoding='utf-8') as file:
+            for line in file:
+                run_id, sequence, timestamp_ns = line.split()
+                first, sequences = runs.get(run_id, (int(timestamp_ns), collections.Counter()))
+                sequences[int(sequence)] += 1
+                runs[run_id] = min(first, int(timestamp_ns)), sequences
+        return runs
+
+    def test_every_snapshot_taken_arrives_whatever_happens(self) -> None:
+        seconds = 120 if os.environ.get('KUBENSAGE_TEST_LONG') else 4
+        self.calm_down(self.make_trouble(seconds))
+        runs, missing, duplicates = self.read_held(), [], 0
+        for (started, pid), (next_start, _) in zip(self.starts, [*self.starts[1:], (time.time_ns(), 0)]):
+            of_this_start = [sequences for first, sequences in runs.values() if started <= first < next_start]
+            self.assertLessEqual(len(of_this_start), 1)
+            sequences = of_this_start[0] if of_this_start else collections.Counter()
+            missing += [(pid, sequence) for sequence in range(1, self.taken[pid] + 1) if not sequences[sequence]]
+            duplicates += sum(sequences.values()) - len(sequences)
+        sys.stderr.write(f'[{seconds} s of faults: {sum(self.taken.values())} snapshots by {len(self.starts)} agents, '
+                         f'{len(missing)} missing, {duplicates} came twice: the relay had them and did not say so] ')
+        self.assertEqual(missing, [])
+        self.assertGreater(sum(self.taken.values()), seconds)
+        self.assertEqual(os.listdir(f'{self.directory}/spool'), [])
+        self.log.seek(0)
+        self.assertNotIn('Traceback', self.log.read())
 
 
 # --- a real runtime
