@@ -66,8 +66,8 @@ import threading
 import time
 import zipimport
 import zlib
-from typing import (TYPE_CHECKING, Any, Callable, Deque, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple,
-                    TypeVar)
+from typing import (TYPE_CHECKING, Any, Callable, Deque, Dict, Generator, Iterable, List, Mapping, NamedTuple, Optional, Sequence,
+                    Set, Tuple, TypeVar)
 
 if TYPE_CHECKING:
     import tarfile
@@ -2150,17 +2150,27 @@ def keep_connection(backlog: Backlog, relay: Relay, connection: Optional[Connect
     return connection
 
 
+def load_batch(backlog: Backlog, batch: Sequence[Snapshot]) -> Generator[bytes, None, None]:
+    """One by one, as the stream takes them: a relay that is away takes none. It neither waits nor raises."""
+    for snapshot in batch:
+        message = load_snapshot(backlog, snapshot)
+        if message is not None:
+            backlog.sent += 1
+            yield message
+
+
 def send_batch(connection: Connection, backlog: Backlog, batch: Sequence[Snapshot]) -> Optional[Refusal]:
     """One SendMetrics stream. None: the relay has acknowledged the batch, all of it."""
-    messages = [message for message in (load_snapshot(backlog, snapshot) for snapshot in batch) if message is not None]
-    call = connection.channel.stream_unary(SEND_METRICS).future(iter(messages), timeout=SEND_TIMEOUT_SECONDS,
+    sent_before, messages = backlog.sent, load_batch(backlog, batch)
+    call = connection.channel.stream_unary(SEND_METRICS).future(messages, timeout=SEND_TIMEOUT_SECONDS,
                                                                 metadata=connection.metadata)
     backlog.call = call
-    backlog.sent += len(messages)
     try:
         if call.result() is None:
             return Refusal('UNKNOWN', 'the stream ended without an answer')
-        backlog.acknowledged += len(messages)
+        if messages.gi_frame is not None:
+            return Refusal('UNKNOWN', 'the relay has answered before it had read everything')
+        backlog.acknowledged += backlog.sent - sent_before
         backlog.last_acknowledged = time.monotonic()
         return None
     except grpc.FutureCancelledError:

@@ -1664,6 +1664,11 @@ def cut_after_two(messages: Iterator[wire.Metrics], context: grpc.ServicerContex
     yield b''
 
 
+def answer_early(messages: Iterator[wire.Metrics], context: grpc.ServicerContext) -> Iterator[bytes]:
+    next(messages)
+    yield b''
+
+
 def refuse(messages: Iterator[wire.Metrics], context: grpc.ServicerContext) -> Iterator[bytes]:
     context.abort(grpc.StatusCode.PERMISSION_DENIED, 'not you')
     yield b''
@@ -2680,6 +2685,18 @@ class DeliveryTest(RelayTest):
                 sender = self.deliver(backlog, relay.address)
                 self.assertEqual(relay.next_streams(3), [arrived, arrived, [1, 2, 3]])
                 self.assertEqual((self.drain(backlog, sender), backlog.dropped), (0, {}))
+
+    def test_an_answer_before_the_end_of_the_stream_acknowledges_nothing(self) -> None:
+        """Of snapshots so large that the relay's window holds but one."""
+        relay, backlog = FakeRelay(self, answer_early), agent.Backlog(600)
+        for number in range(1, 4):
+            pod = wire.PodMetrics(id=f'{number}' * (2 << 20))
+            agent.add_snapshot(backlog, wire.Metrics(timestamp=number, pod_metrics=[pod]).SerializeToString())
+        with mock.patch.object(agent, 'MAX_STREAM_BYTES', 1 << 30):
+            sender = self.deliver(backlog, relay.address)
+            self.assertEqual(relay.next_streams(2), [[1], [1, 2, 3]])
+            self.assertEqual(self.drain(backlog, sender), 0)
+        self.assertEqual((backlog.acknowledged, backlog.dropped), (3, {}))
 
     def test_a_relay_that_hangs_is_left_at_the_deadline_and_gets_less_at_once(self) -> None:
         relay, backlog = FakeRelay(self), self.backlog(*range(1, 121))
