@@ -1213,6 +1213,55 @@ class LogTest(AgentTest):
         self.assertEqual('node-d13', json.loads(run.stdout)['node_metrics']['hostname'])
         self.assertEqual(0, stat.S_IMODE(os.stat(f'{root}/a.log').st_mode) & 0o027)
 
+    def test_file_and_its_directory_are_not_for_others(self):
+        root = self.tree(NODE)
+        for umask in (0o000, 0o077):
+            path = f'{root}/{umask}/a.log'
+            previous = os.umask(umask)
+            try:
+                run = run_on_tree(root, '--log-file', path, '--output', 'json')
+            finally:
+                os.umask(previous)
+            modes = [stat.S_IMODE(os.stat(name).st_mode) for name in (path, os.path.dirname(path))]
+            self.assertEqual(([0o640, 0o750], 0), (modes, run.returncode), run.stderr)
+
+    def refusal(self, path):
+        with self.assertRaises(OSError) as raised:
+            agent.log_file_handler(agent.parse_options([], {}), path)
+        return raised.exception.strerror
+
+    def test_no_link_of_another_user_is_followed(self):
+        root = self.tree({'victim': 'mine\n', 'real/x': ''})
+        os.symlink(f'{root}/victim', f'{root}/a.log')
+        os.symlink(f'{root}/nowhere', f'{root}/b.log')
+        os.symlink(f'{root}/real', f'{root}/ours')
+        self.assertEqual(['Too many levels of symbolic links'] * 2, [self.refusal(f'{root}/{name}.log') for name in 'ab'])
+        self.write_log(f'{root}/ours/a.log', lines=1)
+        if os.geteuid() == 0:
+            os.symlink(f'{root}/real', f'{root}/theirs')
+            os.lchown(f'{root}/theirs', 12345, 0)
+            os.chown(f'{root}/real/x', 12345, 0)
+            self.assertEqual(f'{root}/theirs belongs to user 12345', self.refusal(f'{root}/theirs/c.log'))
+            self.assertEqual(f'{root}/real/x belongs to user 12345', self.refusal(f'{root}/real/x'))
+        with open(f'{root}/victim') as file:
+            self.assertEqual('mine\n', file.read())
+        self.assertFalse(os.path.exists(f'{root}/nowhere') or os.path.exists(f'{root}/real/c.log'))
+
+    def test_no_link_is_followed_when_the_log_is_rotated(self):
+        root = self.directory()
+        os.symlink(f'{root}/victim', f'{root}/a.log.1.gz')
+        with mock.patch.object(logging, 'raiseExceptions', False):
+            self.write_log(f'{root}/a.log', lines=25)
+        self.assertFalse(os.path.exists(f'{root}/victim'))
+
+    def test_no_name_forges_a_line(self):
+        record = logging.LogRecord('x', logging.INFO, '', 1, 'mount %s: %s', ('/a\n2026 INFO all well', '\x1b[2J'), None)
+        self.assertTrue(agent.one_line(record))
+        self.assertEqual('mount /a?2026 INFO all well: ?[2J', record.getMessage())
+        root = self.tree({**NODE, 'proc/meminfo': 'x'})
+        run = run_on_tree(root, '--log-file', f'{root}/a\nb/a.log', '--output', 'json', '--cri-socket', '/no\nsuch')
+        self.assertEqual([], [line for line in run.stderr.splitlines() if not re.match(r'20.*Z (INFO|WARNING) ', line)])
+
 
 # --- command line
 
