@@ -66,8 +66,8 @@ import threading
 import time
 import zipimport
 import zlib
-from typing import (TYPE_CHECKING, Any, Callable, Deque, Dict, Generator, Iterable, List, Mapping, NamedTuple, Optional, Sequence,
-                    Set, Tuple, TypeVar)
+from typing import (TYPE_CHECKING, Any, Callable, Deque, Dict, Generator, Iterable, List, Mapping, NamedTuple, Optional,
+                    Sequence, Set, Tuple, TypeVar)
 
 if TYPE_CHECKING:
     import tarfile
@@ -2050,7 +2050,8 @@ def tls_context(relay: Relay) -> ssl.SSLContext:
             context.load_cert_chain(relay.cert, relay.key, password=lambda: b'')
     except (OSError, ValueError) as error:
         mismatch = getattr(error, 'reason', None) == 'KEY_VALUES_MISMATCH'
-        why = 'the key is not that of the certificate' if mismatch else 'not a certificate and its key, unencrypted, in PEM format'
+        why = ('the key is not that of the certificate' if mismatch else
+               'not a certificate and its key, unencrypted, in PEM format')
         raise RelayError(f'--relay-cert {relay.cert}, --relay-key {relay.key}: {why}') from None
     return context
 
@@ -2535,7 +2536,8 @@ class LogFile(logging.handlers.RotatingFileHandler):
     """One that follows no links."""
 
     def _open(self) -> Any:
-        return open(self.baseFilename, self.mode, encoding=self.encoding, errors='backslashreplace', opener=open_log_file)
+        return open(self.baseFilename, self.mode, encoding=self.encoding, errors='backslashreplace',
+                    opener=open_log_file)
 
 
 def log_file_handler(options: argparse.Namespace, path: str) -> logging.Handler:

@@ -747,14 +747,15 @@ class StuckMountTest(AgentTest):
         self.assertEqual(({'/', '/smb'}, ['/nfs'], 1), (answers, list(stuck), len(self.askers())))
 
     def test_it_is_reported_once_and_left_out_also_across_a_cycle_without_mountinfo(self):
-        root = self.tree({'proc/1/mountinfo': '1 0 8:1 / / rw - ext4 /dev/sda1 rw\n2 1 0:50 / /nfs rw - nfs4 server:/x rw\n'})
+        usual = '1 0 8:1 / / rw - ext4 /dev/sda1 rw\n2 1 0:50 / /nfs rw - nfs4 server:/x rw\n'
+        root = self.tree({'proc/1/mountinfo': usual})
         part, troubles = agent.collect_node(roots_below(root), {}, 10), []
         for text in (None, 'malformed\n', None):
             troubles.append({subject for subject in part.failures if subject != 'cpu'})
             if text:
                 write_tree(root, {'proc/1/mountinfo': text})
             part = agent.collect_node(roots_below(root), part.after, 10)
-            write_tree(root, {'proc/1/mountinfo': '1 0 8:1 / / rw - ext4 /dev/sda1 rw\n2 1 0:50 / /nfs rw - nfs4 server:/x rw\n'})
+            write_tree(root, {'proc/1/mountinfo': usual})
         self.assertEqual([{'mount /nfs'}, {'mount /nfs'}, {'file systems', 'mount /nfs'}], troubles)
         self.assertEqual(['/'], [disk.mountpoint for disk in part.message.disk_usages])
         self.assertEqual(1, len(self.askers()))
@@ -1447,9 +1448,12 @@ class GoldenTest(AgentTest):
 # --- malformed input
 
 # kubelet 1.31, shortened, as in /proc/PID/cmdline
-KUBELET_COMMAND_LINE = '/usr/bin/kubelet\0--config=/var/lib/kubelet/config.yaml\0--container-runtime-endpoint=unix:///run/x.sock\0'
+KUBELET_COMMAND_LINE = '/usr/bin/kubelet\0--config=/x.yaml\0--container-runtime-endpoint=unix:///run/x.sock\0'
 CRICTL_YAML = 'runtime-endpoint: unix:///run/containerd/containerd.sock\nimage-endpoint: ""\ntimeout: 2\n'
-BUNDLE_TARGETS = '.cpython-311-x86_64-linux-gnu.so x86_64-9f86d081884c7d65.tar.xz\n.cpython-39-aarch64-linux-gnu.so aarch64-1.tar.xz\n'
+BUNDLE_TARGETS = '''\
+.cpython-311-x86_64-linux-gnu.so x86_64-9f86d081884c7d65.tar.xz
+.cpython-39-aarch64-linux-gnu.so aarch64-60303ae22b998861.tar.xz
+'''
 MANIFEST = f'{"9f86d081" * 8} grpc/__init__.py\n{"0a1b2c3d" * 8} google/protobuf/a b.py\n'
 
 
@@ -1861,7 +1865,8 @@ class ServerTest(unittest.TestCase):
         roots = self.roots({'proc/sys/kernel/hostname': 'node\n'})
         program = [agent.__file__]
         if 'constants' in settings:
-            program = ['-c', f'import sys; sys.path.insert(0, {os.path.dirname(os.path.abspath(agent.__file__))!r}); import agent; '
+            directory = os.path.dirname(os.path.abspath(agent.__file__))
+            program = ['-c', f'import sys; sys.path.insert(0, {directory!r}); import agent; '
                              f'vars(agent).update({settings["constants"]!r}); agent.run_archive()']
         process = subprocess.Popen(
             [*settings.get('prefix', ()), sys.executable, *program, '--procfs', roots.procfs, '--sysfs', roots.sysfs,
@@ -2550,7 +2555,6 @@ class SpoolTest(ServerTest):
         with self.assertLogs('kubensage-agent') as logged:
             for number, text in enumerate(texts):
                 if number == 9:
-                    os.unlink(f'{self.directory}/disk/other') if os.path.exists(f'{self.directory}/disk/other') else None
                     agent.forget_snapshots(backlog, list(backlog.snapshots)[:3])
                 failures = agent.add_snapshot(backlog, text)
                 agent.log_changes(troubles, failures)
@@ -2622,7 +2626,8 @@ class MemoryBacklogTest(unittest.TestCase):
     def test_what_is_compressed_is_given_back_as_it_was(self) -> None:
         chance = random.Random(2)
         base = chance.getrandbits(8 * 100_000).to_bytes(100_000, 'big')
-        texts = self.snapshots(100) + [b''] + [base[chance.randrange(5):chance.choice((3, 16_384, 16_385, 90_000))] for _ in range(99)]
+        texts = self.snapshots(100) + [b''] + [base[chance.randrange(5):chance.choice((3, 16_384, 16_385, 90_000))]
+                                               for _ in range(99)]
         backlog = agent.Backlog(600)
         for text in texts:
             self.assertEqual(agent.add_snapshot(backlog, text), {})
@@ -2630,6 +2635,17 @@ class MemoryBacklogTest(unittest.TestCase):
             loaded = [agent.load_snapshot(backlog, snapshot) for snapshot in backlog.snapshots]
             self.assertEqual(loaded, texts[-len(loaded):])
             agent.forget_snapshots(backlog, list(backlog.snapshots)[:19])
+
+    def test_what_does_not_get_shorter_is_stored_as_it_is(self) -> None:
+        """Of these, one has exactly as many bytes as zlib makes of it."""
+        texts = [b'first', *(random.Random(1).getrandbits(8 * 60).to_bytes(60, 'big') + bytes(zeros) for zeros in range(5, 60))]
+        self.assertIn(0, [len(text) - len(zlib.compress(text, agent.COMPRESSION_LEVEL)) for text in texts])
+        for text in texts:
+            backlog = agent.Backlog(600)
+            agent.add_snapshot(backlog, b'another')
+            agent.add_snapshot(backlog, text)
+            self.assertEqual(agent.load_snapshot(backlog, backlog.snapshots[1]), text)
+            self.assertLessEqual(backlog.snapshots[1].stored_bytes, len(text))
 
     def test_what_is_the_same_in_each_snapshot_is_stored_once_in_a_while(self) -> None:
         backlog, texts = agent.Backlog(600), self.snapshots(96)
@@ -3019,7 +3035,8 @@ class TlsTest(RelayTest):
     def test_a_certificate_that_is_not_to_be_trusted_is_one_line_with_file_and_reason(self) -> None:
         checked = f"the relay's certificate, checked against --relay-ca {self.path('ca.pem')}: "
         for what, name, ca, expected in (
-                ('wrong CA', 'relay', 'other-ca.pem', f'--relay-ca {self.path("other-ca.pem")}: unable to get local issuer certificate'),
+                ('wrong CA', 'relay', 'other-ca.pem',
+                 f'--relay-ca {self.path("other-ca.pem")}: unable to get local issuer certificate'),
                 ('wrong name', 'named', 'ca.pem', checked + "IP address mismatch, certificate is not valid for '127.0.0.1'"),
                 ('expired', 'expired', 'ca.pem', checked + 'certificate has expired')):
             with self.subTest(what):
@@ -3029,16 +3046,17 @@ class TlsTest(RelayTest):
         relay, path = self.relay(), self.path
         good = dict(ca=path('ca.pem'), cert=path('agent.pem'), key=path('agent.key'))
         self.roots({'token': 'two\nlines', 'empty': ''})
+        none, garbage = path('none'), path('garbage')
         for what, files, expected in (
-                ('missing CA', {'ca': path('none.pem')}, f'--relay-ca {path("none.pem")}: No such file or directory'),
-                ('missing certificate', {'cert': path('none.pem')}, f'--relay-cert {path("none.pem")}: No such file or directory'),
-                ('missing key', {'key': path('none.key')}, f'--relay-key {path("none.key")}: No such file or directory'),
-                ('CA is no certificate', {'ca': path('garbage')}, f'--relay-ca {path("garbage")}: holds no certificate in PEM format'),
-                ('certificate is none', {'cert': path('garbage')}, f'--relay-cert {path("garbage")}, --relay-key {path("agent.key")}: not a'),
-                ('key of another', {'key': path('agent-2.key')}, f'--relay-key {path("agent-2.key")}: the key is not that of'),
-                ('missing token', {'token_file': path('none')}, f'--relay-token-file {path("none")}: No such file or directory'),
-                ('no token', {'token_file': f'{self.directory}/empty'}, f'--relay-token-file {self.directory}/empty: holds no token'),
-                ('two tokens', {'token_file': f'{self.directory}/token'}, f'--relay-token-file {self.directory}/token: holds no token')):
+                ('missing CA', {'ca': none}, f'--relay-ca {none}: No such file or directory'),
+                ('missing certificate', {'cert': none}, f'--relay-cert {none}: No such file or directory'),
+                ('missing key', {'key': none}, f'--relay-key {none}: No such file or directory'),
+                ('CA is no certificate', {'ca': garbage}, f'--relay-ca {garbage}: holds no certificate in PEM format'),
+                ('certificate is none', {'cert': garbage}, f'--relay-cert {garbage}, --relay-key {path("agent.key")}: not a'),
+                ('key of another', {'key': path('agent-2.key')}, f'--relay-key {path("agent-2.key")}: the key is not that'),
+                ('missing token', {'token_file': none}, f'--relay-token-file {none}: No such file or directory'),
+                ('no token', {'token_file': f'{self.directory}/empty'}, '/empty: holds no token'),
+                ('two tokens', {'token_file': f'{self.directory}/token'}, '/token: holds no token')):
             with self.subTest(what):
                 line = self.trouble(relay.address, **{**good, **files})
                 self.assertIn(f'relay {relay.address}: not connected: --relay-', line)
@@ -3083,7 +3101,8 @@ class TlsTest(RelayTest):
         self.roots({'token': 'one\n'})
         files = dict(cert=self.copy('stranger.pem', 'cert'), key=self.copy('stranger.key', 'key'))
         relay, backlog = self.relay(mutual=True), self.backlog(1)
-        sender = self.deliver(backlog, relay.address, tls=True, ca=self.path('ca.pem'), token_file=f'{self.directory}/token', **files)
+        sender = self.deliver(backlog, relay.address, tls=True, ca=self.path('ca.pem'),
+                              token_file=f'{self.directory}/token', **files)
         self.pauses.get(timeout=PATIENCE_SECONDS)
         for number, (name, token) in enumerate((('agent', 'one'), ('agent-2', 'one'), ('agent-2', 'two'))):
             self.copy(f'{name}.key', 'key')
@@ -3104,11 +3123,9 @@ class TlsTest(RelayTest):
             sender = self.deliver(backlog, self.relay().address, tls=True, ca=path)
             self.pauses.get(timeout=PATIENCE_SECONDS)
             self.copy('other-ca.pem', 'ca')
-            while len(logged.output) < 2:
-                self.pauses.get(timeout=PATIENCE_SECONDS)
+            wait_for('the second warning', lambda: len(logged.output) == 2)
             self.copy('ca.pem', 'ca')
-            while backlog.snapshots:
-                backlog.closing.wait(0.01)
+            wait_for('the delivery', lambda: not backlog.snapshots)
             self.drain(backlog, sender)
         self.assertEqual([record.levelname for record in logged.records], ['WARNING', 'WARNING', 'INFO'])
         self.assertIn('No such file', logged.output[0])
