@@ -1712,7 +1712,7 @@ class StuckMountTest(AgentTest):
             answers, stuck = self.cycle(stuck, mount('0:1', '/bad', 'nfs4', 'x:/bad'), *self.mounts())
         self.assertEqual(({'/', '/smb'}, ['/nfs'], 1), (answers, list(stuck), len(self.askers())))
 
-    def test_it_is_reported_once_and_left_out_also_across_a_cycle_without_mountinfo(self):
+    def test_it_is_reported_once_and_left_alone_also_across_a_cycle_without_mountinfo(self):
         usual = '1 0 8:1 / / rw - ext4 /dev/sda1 rw\n2 1 0:50 / /nfs rw - nfs4 server:/x rw\n'
         root = self.tree({'proc/1/mountinfo': usual})
         part, troubles = agent.collect_node(roots_below(root), {}, 10), []
@@ -1723,7 +1723,7 @@ class StuckMountTest(AgentTest):
             part = agent.collect_node(roots_below(root), part.after, 10)
             write_tree(root, {'proc/1/mountinfo': usual})
         self.assertEqual([{'mount /nfs'}, {'mount /nfs'}, {'file systems', 'mount /nfs'}], troubles)
-        self.assertEqual(['/'], [disk.mountpoint for disk in part.message.disk_usages])
+        self.assertEqual([('/', False), ('/nfs', True)], [(disk.mountpoint, disk.stuck) for disk in part.message.disk_usages])
         self.assertEqual(1, len(self.askers()))
 
 
@@ -2796,7 +2796,7 @@ BUNDLE_TARGETS = '''\
 .cpython-311-x86_64-linux-gnu.so x86_64-9f86d081884c7d65.tar.xz
 .cpython-39-aarch64-linux-gnu.so aarch64-60303ae22b998861.tar.xz
 '''
-MANIFEST = f'{"9f86d081" * 8} grpc/__init__.py\n{"0a1b2c3d" * 8} google/protobuf/a b.py\n'
+MANIFEST = f'{"9f86d081" * 8} 1 2 3 grpc/__init__.py\n{"0a1b2c3d" * 8} 4 5 6 google/protobuf/a b.py\n'
 
 
 def packed_record(stored):
@@ -2881,13 +2881,15 @@ class MalformedInputTest(AgentTest):
         takes_text = {getattr(agent, name) for name in dir(agent) if name.startswith('parse_')}
         # parse_lines takes another parser; parse_cpuinfo_line is a part of parse_cpuinfo; parse_options reads argv.
         takes_text -= {agent.parse_lines, agent.parse_cpuinfo_line, agent.parse_options}
-        self.assertEqual(takes_text, set(FUZZED))
+        # These two are told the name of the file as well.
+        named = {agent.parse_key_values: parse_vmstat, agent.parse_number: parse_cpu_weight}
+        self.assertEqual({named.get(parse, parse) for parse in takes_text}, set(FUZZED))
 
     def test_node_with_accidents_is_a_message_and_failures(self):
         root, chance = self.tree(NODE), random.Random(self.SEED)
         paths = [path for path in NODE if path.startswith(('proc/', 'sys/', 'etc/os'))]
         before = agent.collect_node(roots_below(root), {}, 10)
-        for _ in range(400):
+        for _ in range(150):
             path = chance.choice(paths)
             content = mutated(NODE[path].encode(), chance)
             write_tree(root, {path: content})
@@ -4035,7 +4037,7 @@ class PodsTest(ServerTest):
             part = self.first_cycle(seconds=0.3)
             took = time.monotonic() - start
             stepped.join()
-        self.assertEqual(list(part.failures), ['container statistics'])
+        self.assertIn('container statistics', part.failures)
         self.assertLess(took, 1)
 
     def test_an_answer_of_64_mib_is_accepted_and_a_larger_one_is_a_failure(self) -> None:
@@ -4181,7 +4183,8 @@ class SnapshotTest(ServerTest):
         self.assertTrue(1 << 20 < second.resident_bytes < 1 << 30)
         calls = {call.method: call for call in second.cri_methods}
         self.assertEqual({method: (call.calls_total, call.failures_total) for method, call in calls.items()}, {
-            'Version': (1, 0), 'ListPodSandbox': (2, 0), 'ListContainers': (2, 0), 'ListContainerStats': (2, 0)})
+            'Version': (1, 0), 'ListPodSandbox': (2, 0), 'ListContainers': (2, 0), 'ListContainerStats': (2, 0),
+            'ContainerStatus': (1, 0), 'Status': (1, 0), 'ImageFsInfo': (1, 0)})
         self.assertTrue(all(0 < call.last_seconds <= call.seconds_total for call in calls.values()))
         queue = second.backlog
         self.assertEqual((queue.snapshots, queue.memory_bytes, queue.spool_bytes, queue.sent_total, queue.acknowledged_total,
@@ -5113,7 +5116,7 @@ class MainLoopTest(ServerTest):
         self.assertEqual(int(cpu['usage_nano_cores']), 6)
 
 
-class LoadTest(unittest.TestCase):
+class PaceTest(unittest.TestCase):
     """The loop with a clock of its own: a cycle takes as long as the test says, and waiting takes no time."""
 
     def run_loop(self, durations: Sequence[float]) -> Tuple[List[float], agent.Run, List[str]]:
