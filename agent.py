@@ -438,9 +438,12 @@ try:
 
     import cri_pb2 as cri
     import kubensage_pb2 as wire
-except ImportError as missing:
+except ModuleNotFoundError as missing:
     sys.exit(f'kubensage-agent: {missing}: `pip install grpcio==1.80.1 protobuf==6.33.6`, or build the archive with '
              './build_zipapp.sh')
+except ImportError as broken:
+    # Most likely a library of the system that the compiled modules need.
+    sys.exit(f'kubensage-agent: grpcio does not load: {broken}')
 
 
 # --- files
@@ -3658,7 +3661,7 @@ def argument_parser() -> argparse.ArgumentParser:
                'line wins.')
     for flag, settings in FLAGS.items():
         default = settings.get('default')
-        shown = '' if default in (None, False) else ' (default: %(default)s)'
+        shown = '' if default in (None, False) else f' (default: {str(default).lower()})'
         parser.add_argument(flag, **{**settings, 'help': settings['help'] + shown})
     parser.add_argument('--version', action='version', version=f'kubensage-agent {__version__}')
     return parser

@@ -6092,5 +6092,69 @@ class RealRuntimeTest(unittest.TestCase):
         self.assertFalse(os.path.exists(runtime.directory))
 
 
+# --- README
+
+README = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'README.md')
+# Of other programs: build_zipapp.sh, systemctl, protoc.
+FOREIGN_FLAGS = {'--native', '--now', '--proto_path', '--python_out'}
+PROMISE = ("every snapshot taken is delivered at least once while it is younger than the retention, whatever the relay, the runtime, "
+           "the kernel's files or the disk do; the agent neither hangs nor grows nor needs a restart")
+
+
+class ReadmeTest(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        with open(README, encoding='utf-8') as file:
+            cls.readme = file.read()
+
+    def section(self, title):
+        return re.search(rf'^## {re.escape(title)}\n(.*?)(?=^## |\Z)', self.readme, re.MULTILINE | re.DOTALL).group(1)
+
+    def rows(self, title):
+        """The cells of the section's table, without its header."""
+        lines = [line.strip('| ').split(' | ') for line in self.section(title).splitlines() if line.startswith('|')]
+        return lines[2:]
+
+    def test_help_is_the_one_that_the_agent_prints(self):
+        """But for white space: argparse breaks lines otherwise, and called the options optional arguments before Python 3.10.
+        Remake with `COLUMNS=100 python3 kubensage-agent.pyz --help`."""
+        pasted = re.search(r'^\$ python3 kubensage-agent\.pyz --help\n(.*?)^```', self.readme, re.MULTILINE | re.DOTALL).group(1)
+        with mock.patch.dict(os.environ, {'COLUMNS': '100', 'NO_COLOR': '1'}):
+            printed = agent.argument_parser().format_help()
+        self.assertEqual(''.join(pasted.split()), ''.join(printed.replace('optional arguments:', 'options:').split()))
+
+    def test_every_flag_of_the_agent_and_no_other(self):
+        named = set(re.findall(r'(?<![\w-])--[a-z][\w-]*', self.readme))
+        self.assertEqual(named - FOREIGN_FLAGS, {*agent.FLAGS, '--help', '--version'})
+
+    def test_every_field_of_the_proto_and_no_other(self):
+        named = {(message.strip('`'), field) for _, message, fields in self.rows('What it collects')
+                 for field in re.findall(r'`(\w+)`', fields)}
+        known = {(name, field.name) for name, message in wire.DESCRIPTOR.message_types_by_name.items()
+                 for field in message.fields}
+        self.assertEqual(named, known)
+
+    def test_every_file_named_is_there(self):
+        paths = [path for files, _ in self.rows('Files') for path in re.findall(r'`([^`]+)`', files)]
+        self.assertIn('agent.py', paths)
+        for path in paths:
+            with self.subTest(path):
+                self.assertTrue(os.path.isfile(os.path.join(os.path.dirname(README), path)))
+
+    def test_the_promise(self):
+        self.assertIn(f'> {PROMISE}\n', self.readme)
+
+    def test_every_method_of_the_runtime_that_is_called(self):
+        for method in agent.CRI_ANSWERS:
+            with self.subTest(method):
+                self.assertIn(method, self.section('What it collects'))
+
+    def test_versions_to_install_are_those_of_the_archive(self):
+        with open(os.path.join(os.path.dirname(README), 'build_zipapp.sh'), encoding='utf-8') as file:
+            pinned = dict(re.findall(r' (grpcio|protobuf)-([\d.]+)-', file.read()))
+        installed = dict(re.findall(r'\b(grpcio|protobuf)==([\d.]+)', self.readme))
+        self.assertEqual(installed, pinned)
+
+
 if __name__ == '__main__':
     unittest.main()
