@@ -10,21 +10,27 @@ containers (CRI over a unix socket), and puts both into one Metrics message (pro
 A second thread delivers; a snapshot is forgotten only once the relay has acknowledged it.
 
     what we read                      what we take                          documented in
-    /proc/stat                        CPU time, boot time                   proc_stat(5)
+    /proc/stat                        CPU time, boot time, activity         proc_stat(5)
     /proc/cpuinfo, sysfs cpu/         models, topology, frequency           admin-guide/cputopology.rst
-    /proc/meminfo                     memory                                filesystems/proc.rst, 1.2
-    /proc/pressure/{cpu,memory,io}    stall time                            accounting/psi.rst
+    /proc/loadavg                     load, threads                         proc_loadavg(5)
+    /proc/meminfo, vmstat             memory, paging, OOM kills             filesystems/proc.rst, 1.2
+    /proc/pressure/*                  stall time                            accounting/psi.rst
     /proc/PID/statm, comm             the largest processes                 proc_pid_statm(5)
     /proc/PID/mountinfo, statvfs(3)   file systems and their use            proc_pid_mountinfo(5)
     /proc/diskstats, /sys/block       disk I/O                              admin-guide/iostats.rst
     /proc/net/dev, /sys/class/net     interfaces and their counters         proc_net(5), sysfs-class-net
     /proc/net/route, ipv6_route       the interface of the default route    networking/proc_net
+    /proc/net/snmp, netstat,          TCP, UDP, sockets, softirq backlog    networking/snmp_counter.rst
+      sockstat, softnet_stat
     rtnetlink RTM_GETADDR             addresses                             rtnetlink(7)
-    /proc/uptime, /proc/sys/kernel    uptime, host name, kernel             admin-guide/sysctl/kernel.rst
+    /proc/uptime, /proc/sys           uptime, host name, kernel, limits     admin-guide/sysctl/
+    adjtimex(2)                       whether the clock is synchronised     adjtimex(2)
     /etc/os-release, debian_version   distribution                          os-release(5)
     DMI product_uuid, machine-id      identity of the host                  machine-id(5)
-    CRI: Version, ListPodSandbox,     pods, containers, their statistics    kubernetes/cri-api
-      ListContainers, -ContainerStats
+    /sys/fs/cgroup                    containers, pods, services            admin-guide/cgroup-v2.rst, cgroup-v1/
+    /proc/PID/net/dev                 the pods' interfaces                  proc_net(5)
+    CRI: Version, Status, the lists,  pods, containers, the runtime         kubernetes/cri-api
+      ContainerStatus, ImageFsInfo
 
 The sections follow the data: files, subjects of the node, runtime, snapshot, backlog, relay,
 output, command line. `grep '^# ---' agent.py` lists them.
@@ -232,22 +238,25 @@ def member_path(member: tarfile.TarInfo, suffix: str) -> Optional[str]:
     return os.path.normpath(name) if wanted and member.isreg() else None
 
 
+def write_member(tar: tarfile.TarFile, member: tarfile.TarInfo, path: str) -> None:
+    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    with open(descriptor, 'wb') as file:
+        shutil.copyfileobj(tar.extractfile(member), file)
+
+
 def unpack(packed: bytes, suffix: str, tree: str) -> None:
     """Write this interpreter's members into an empty directory. Its compiled module comes after all that is not
     compiled for one Python alone: the rest of the tar is not even decompressed."""
     import lzma
     import tarfile
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
         with tarfile.open(fileobj=lzma.open(io.BytesIO(packed)), mode='r|') as tar:
             for member in tar:
                 path = member_path(member, suffix)
-                if path is None:
-                    continue
-                os.makedirs(os.path.dirname(os.path.join(tree, path)), mode=0o700, exist_ok=True)
-                with open(os.open(os.path.join(tree, path), flags, 0o600), 'wb') as file:
-                    shutil.copyfileobj(tar.extractfile(member), file)
-                if path.endswith(suffix):
+                if path is not None:
+                    write_member(tar, member, os.path.join(tree, path))
+                if path is not None and path.endswith(suffix):
                     return
     except (lzma.LZMAError, tarfile.TarError, EOFError) as error:
         raise BundleError(f'the archive is damaged: {error}') from None
@@ -2402,6 +2411,8 @@ def build_runtime_metrics(runtime: Runtime, health: Health, inventory: Inventory
         containers=collections.Counter(enum_name(cri.ContainerState, container.state) for container in inventory.containers),
         image_file_systems=[build_file_system_metrics(usage) for usage in health.image_file_systems])
 
+
+# --- inventory
 
 def call_finished(call: Call, deadline: float) -> bool:
     """Wait for the call until then. grpc's own waiting goes by the wall clock, which may be set meanwhile."""
