@@ -2449,7 +2449,8 @@ class CommandLineTest(AgentTest):
              'spool_max_size': 512, 'relay_tls': False, 'relay_ca': None, 'relay_cert': None, 'relay_key': None,
              'relay_server_name': None, 'relay_token_file': None, 'top_n': 10, 'once': False, 'output': None,
              'container_stats': 'cgroup', 'fs_stats_interval': 60, 'cri_socket': None, 'procfs': '/proc', 'sysfs': '/sys',
-             'rootfs': '/', 'log_level': 'info', 'log_file': None, 'log_max_size': 10, 'log_max_backups': 5, 'log_max_age': 30, 'log_compress': True},
+             'rootfs': '/', 'log_level': 'info', 'log_file': None, 'log_max_size': 10, 'log_max_backups': 5, 'log_max_age': 30,
+             'log_compress': True},
             vars(agent.parse_options([], {})))
 
     def test_values(self):
@@ -4927,14 +4928,14 @@ class RealRuntimeTest(unittest.TestCase):
         loop = AgentLoop(self.runtime)
         self.addCleanup(loop.close)
         self.addCleanup(os.kill, self.runtime.pid, signal.SIGCONT)
-        self.assertEqual([len(metrics.pod_metrics) for _, metrics in loop.next_lines(2)], [len(self.pods)] * 2)
+        self.assertEqual([len(metrics.pod_metrics) for _, metrics in loop.next_lines(1)], [len(self.pods)])
         os.kill(self.runtime.pid, signal.SIGSTOP)
-        stopped = loop.next_lines(4)[1:]
+        stopped = loop.next_lines(3)[1:]
         os.kill(self.runtime.pid, signal.SIGCONT)
         again = loop.next_lines(3)[1:]
         for (instant, metrics), (later, _) in zip(stopped, stopped[1:]):
             self.assertAlmostEqual(later - instant, 1, delta=0.3)
-        self.assertEqual([len(metrics.pod_metrics) for _, metrics in stopped], [0, 0, 0])
+        self.assertEqual([len(metrics.pod_metrics) for _, metrics in stopped], [0, 0])
         self.assertTrue(all(metrics.node_metrics.HasField('total_memory') for _, metrics in stopped))
         self.assertEqual([len(metrics.pod_metrics) for _, metrics in again], [len(self.pods)] * 2)
         for _, metrics in again:
