@@ -1733,9 +1733,13 @@ def collect_memory_v1(roots: Roots, tree: CgroupTree, path: str, limits: Limits)
 
 
 def collect_io_v1(roots: Roots, tree: CgroupTree, path: str) -> List[wire.CgroupIo]:
-    """Reads and writes as the throttling layer sees them; without a limit some kernels count nothing there."""
-    sizes = parse_blkio(read_v1(roots, tree, 'blkio', f'{path}/blkio.throttle.io_service_bytes') or '')
-    counts = parse_blkio(read_v1(roots, tree, 'blkio', f'{path}/blkio.throttle.io_serviced') or '')
+    """Reads and writes as the throttling layer sees them, of the groups below as well where the kernel
+    tells; without a limit some kernels count nothing there."""
+    def blkio(name: str) -> Dict[str, Dict[str, int]]:
+        return parse_blkio(read_v1(roots, tree, 'blkio', f'{path}/blkio.throttle.{name}_recursive')
+                           or read_v1(roots, tree, 'blkio', f'{path}/blkio.throttle.{name}') or '')
+
+    sizes, counts = blkio('io_service_bytes'), blkio('io_serviced')
     return [build_cgroup_io(device, {
         'rbytes': sizes[device].get('Read'), 'wbytes': sizes[device].get('Write'),
         'rios': counts.get(device, {}).get('Read'), 'wios': counts.get(device, {}).get('Write')}) for device in sorted(sizes)]
@@ -2181,6 +2185,7 @@ STATS_LONGEST_PAUSE_SECONDS = 300
 # How often the runtime is asked whether it is ready, and how many containers' exit codes it is asked for in a cycle.
 CONDITIONS_SECONDS = 15
 STATUSES_PER_CYCLE = 32
+LATE_REASON_SECONDS = 60
 # More than any machine has; containerd 1.6 says 2**63 while it tears a container down.
 SANE_NANO_CORES = 10_000 * 10**9
 # What is more cannot be said in ns.
@@ -2487,14 +2492,22 @@ def fetch_health(runtime: Runtime, health: Health, deadline: float, tallies: Dic
     return health, failure
 
 
+def may_change(status: Optional[wire.ContainerStatus]) -> bool:
+    """Whether to ask again: there was no answer, or the runtime may yet learn that a kill was one for want of memory."""
+    if status is None:
+        return True
+    killed = status.exit_code == 128 + signal.SIGKILL and status.reason != 'OOMKilled'
+    return killed and time.time_ns() - status.finished_at_ns < LATE_REASON_SECONDS * 10**9
+
+
 def fetch_statuses(runtime: Runtime, containers: Sequence[cri.Container], known: Statuses, again: bool, deadline: float,
                    tallies: Dict[str, CallTally]) -> Tuple[Statuses, Optional[str]]:
-    """The status of each container in its present state, asked once, for some containers a cycle, all at once; of those
-    that have not answered only `again`, now and then. And why there is no answer."""
+    """The status of each container in its present state, asked once, for some containers a cycle, all at once; `again`,
+    now and then, where it may change. And why there is no answer."""
     statuses, failure = {container.id: known[container.id] for container in containers if container.id in known}, None
     stale = [container for container in containers
              if container.id not in statuses or statuses[container.id][0] != container.state
-             or again and statuses[container.id][1] is None]
+             or again and may_change(statuses[container.id][1])]
     calls = [(container, start_call(runtime.channel, runtime.service, 'ContainerStatus', seconds_until(deadline),
                                     cri.ContainerStatusRequest(container_id=container.id).SerializeToString()))
              for container in stale[:STATUSES_PER_CYCLE]]
