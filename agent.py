@@ -66,8 +66,8 @@ import threading
 import time
 import zipimport
 import zlib
-from typing import (TYPE_CHECKING, Any, Callable, Deque, Dict, FrozenSet, Iterable, List, Mapping, NamedTuple, Optional,
-                    Sequence, Set, Tuple, TypeVar)
+from typing import (TYPE_CHECKING, Any, Callable, Deque, Dict, FrozenSet, Generator, Iterable, List, Mapping, NamedTuple,
+                    Optional, Sequence, Set, Tuple, TypeVar)
 
 if TYPE_CHECKING:
     import tarfile
@@ -998,8 +998,10 @@ def ask_space(root: str, mounts: Sequence[Mount], answers: Dict[str, Optional[os
     for mount in mounts:
         if given_up.is_set():
             return
-        with contextlib.suppress(OSError):
+        try:
             answers[mount.mountpoint] = read_space(root, mount.mountpoint)
+        except OSError:
+            answers[mount.mountpoint] = None
 
 
 def answering_mounts(root: str, mounts: Sequence[Mount], stuck: Dict[str, threading.Thread],
@@ -1821,8 +1823,10 @@ def collect_node(roots: Roots, before: Dict[str, Any], top_n: int) -> Part:
             fields, after[subject] = collect(roots, before.get(subject))
             node.MergeFrom(wire.NodeMetrics(**fields))
         except (ValueError, OSError, ArithmeticError) as error:
+            # A thread that waits for a mount must not be forgotten, and a rate may span a cycle that failed.
+            after[subject] = before.get(subject)
             failures[subject] = str(error)
-    for mountpoint in after.get('file systems', ()):
+    for mountpoint in after.get('file systems') or ():
         failures[f'mount {mountpoint}'] = f'statvfs has not answered within {STATVFS_TIMEOUT_SECONDS} s: left alone until it does'
     return Part(node, after, failures)
 
@@ -2397,12 +2401,10 @@ def build_runtime_metrics(runtime: Runtime, health: Health, inventory: Inventory
 
 
 def call_finished(call: Call, deadline: float) -> bool:
-    """Wait for the call until then."""
-    try:
-        call.future.exception(timeout=seconds_until(deadline))
-    except grpc.FutureTimeoutError:
-        return False
-    return True
+    """Wait for the call until then. grpc's own waiting goes by the wall clock, which may be set meanwhile."""
+    finished = threading.Event()
+    call.future.add_done_callback(lambda future: finished.set())
+    return finished.wait(seconds_until(deadline))
 
 
 def after_timeout(timeouts: int) -> StatsMemory:
@@ -2609,6 +2611,7 @@ RECORD = struct.Struct('<4sIIdd36s')
 RECORD_MAGIC = b'KSR1'
 RECORD_CRC = struct.Struct('<I')
 RECORD_SUFFIX = '.snapshot'
+BLOCK_BYTES = 4096
 
 
 class Record(NamedTuple):
@@ -2621,8 +2624,18 @@ class Record(NamedTuple):
     boot_id: bytes
 
 
+def record_name(number: int) -> str:
+    return f'{number:016d}{RECORD_SUFFIX}'
+
+
 def record_path(directory: str, number: int) -> str:
-    return os.path.join(directory, f'{number:016d}{RECORD_SUFFIX}')
+    return os.path.join(directory, record_name(number))
+
+
+def record_numbers(names: Iterable[str]) -> List[int]:
+    """Of the records among these files, oldest first. Whatever else lies there is not ours to touch."""
+    return sorted(int(name[:-len(RECORD_SUFFIX)]) for name in names
+                  if re.fullmatch(r'\d{16}' + re.escape(RECORD_SUFFIX), name, re.ASCII))
 
 
 def read_boot_id() -> bytes:
@@ -2641,6 +2654,11 @@ def parse_record(data: bytes) -> Tuple[Record, bytes]:
     return header, stored
 
 
+def read_record(directory: str, number: int) -> Tuple[Record, bytes]:
+    """ValueError or OSError where it cannot be had any more."""
+    return parse_record(read_bytes(directory, record_name(number)) or b'')
+
+
 def write_record(directory: str, number: int, header: Record, stored: bytes) -> None:
     """OSError where the disk is full or broken; nothing of the record stays then."""
     path = record_path(directory, number)
@@ -2656,16 +2674,25 @@ def write_record(directory: str, number: int, header: Record, stored: bytes) -> 
         raise
 
 
-def open_spool(directory: str, patience_seconds: float = 0) -> None:
-    """Make the directory this agent's own, 0700, until the process ends. UnsafePath or OSError where it cannot be."""
+def remove_record(directory: str, number: int) -> None:
+    with contextlib.suppress(OSError):
+        os.unlink(record_path(directory, number))
+
+
+def open_spool(directory: str, patience_seconds: float = 0) -> int:
+    """Make the directory this agent's own, 0700, until the returned lock is closed, or the process ends. UnsafePath or
+    OSError where it cannot be."""
     os.makedirs(directory, mode=0o700, exist_ok=True)
     check_path(directory)
     os.chmod(directory, 0o700)
     give_up = time.monotonic() + patience_seconds
-    while lock_directory(directory, fcntl.LOCK_EX | fcntl.LOCK_NB) is None:
-        if time.monotonic() > give_up:
+    lock = lock_directory(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    while lock is None:
+        if time.monotonic() >= give_up:
             raise UnsafePath(f'{directory} is in use by another agent')
         time.sleep(0.1)
+        lock = lock_directory(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return lock
 
 
 def record_age(header: Record, boot_id: bytes, monotonic: float, wall: float) -> float:
@@ -2680,18 +2707,61 @@ MAX_SNAPSHOT_BYTES = 4 << 20
 MAX_STREAM_SNAPSHOTS = 50
 # What a stream may hold in memory, beyond its first snapshot.
 MAX_STREAM_BYTES = 8 << 20
-# Of a snapshot that waits: level 1 takes a third of the time of level 6, for an eighth more bytes.
-COMPRESSION_LEVEL = 1
+# Two hours of a node of 1,000 containers, a third of them busy, are 1,440 snapshots of 366 kB. Compressed one by one they
+# take 222 MB (lzma: 179), most of it for ids that are the same in each. Compressed against an earlier one, which is
+# stored whole, they take 60 MB, at 6 ms of CPU each; level 1 would take 8 MB more for 3 ms less.
+COMPRESSION_LEVEL = 6
+REFERENCE_EVERY_SNAPSHOTS = 32
+# zlib looks back 32 KiB, so that each piece is given its own surroundings in the reference.
+PIECE_BYTES = 1 << 14
+ZLIB_WINDOW_BYTES = (1 << 15) - 262
 
 
 class Snapshot(NamedTuple):
-    """A serialised Metrics message that waits: its bytes, in zlib's format where fewer are stored than it has, or None
-    where they are in the spool, under its number."""
+    """A serialised Metrics message that waits: as many bytes as are stored of it, compressed if they are fewer than it
+    has; or None where they are in the spool, under its number. A reference is stored whole."""
     number: int
     taken: float
     plain_bytes: int
     stored_bytes: int
     stored: Optional[bytes]
+    reference: Optional[Snapshot] = None
+
+
+def surroundings(reference: bytes, at: int, size: int) -> bytes:
+    """What in the reference lies around the same place as `at` in a snapshot of that size."""
+    middle = at * len(reference) // size + PIECE_BYTES // 2
+    start = max(0, min(middle - ZLIB_WINDOW_BYTES // 2, len(reference) - ZLIB_WINDOW_BYTES))
+    return reference[start:start + ZLIB_WINDOW_BYTES]
+
+
+def compress_against(reference: bytes, data: bytes) -> bytes:
+    pieces = []
+    for at in range(0, len(data), PIECE_BYTES):
+        packer = zlib.compressobj(COMPRESSION_LEVEL, zdict=surroundings(reference, at, len(data)))
+        pieces += packer.compress(data[at:at + PIECE_BYTES]), packer.flush()
+    return b''.join(pieces)
+
+
+def decompress_against(reference: bytes, packed: bytes, size: int) -> bytes:
+    pieces, at = [], 0
+    while at < size:
+        unpacker = zlib.decompressobj(zdict=surroundings(reference, at, size))
+        pieces.append(unpacker.decompress(packed))
+        packed, at = unpacker.unused_data, at + PIECE_BYTES
+    return b''.join(pieces)
+
+
+def plain(stored: bytes, snapshot: Snapshot) -> bytes:
+    """The message. ValueError where it is not what was stored."""
+    if snapshot.stored_bytes == snapshot.plain_bytes:
+        return stored
+    try:
+        if snapshot.reference:
+            return decompress_against(plain(snapshot.reference.stored, snapshot.reference), stored, snapshot.plain_bytes)
+        return zlib.decompress(stored)
+    except zlib.error as error:
+        raise ValueError(f'snapshot: {error}') from None
 
 
 class Backlog:
@@ -2704,6 +2774,7 @@ class Backlog:
         self.snapshots: Deque[Snapshot] = collections.deque()
         self.memory_bytes = self.spool_bytes = 0
         self.next_number = 1
+        self.reference: Optional[Snapshot] = None
         self.boot_id = read_boot_id()
         self.changed = threading.Condition()
         self.closing = threading.Event()
@@ -2716,38 +2787,46 @@ class Backlog:
 
 
 def load_spool(backlog: Backlog) -> None:
-    """Take over what earlier runs have left, oldest first. A file that is not whole is dropped when its turn comes."""
-    monotonic, wall = time.monotonic(), time.time()
-    numbers = sorted(int(name[:-len(RECORD_SUFFIX)]) for name in os.listdir(backlog.spool)
-                     if name.endswith(RECORD_SUFFIX) and name[:-len(RECORD_SUFFIX)].isdecimal())
+    """Take over what earlier runs have left, oldest first. A record that is not whole is dropped."""
+    monotonic, wall, reasons = time.monotonic(), time.time(), []
+    numbers = record_numbers(os.listdir(backlog.spool))
     for number in numbers:
-        data = read_bytes(backlog.spool, os.path.basename(record_path(backlog.spool, number))) or b''
         try:
-            header, _ = parse_record(data)
-        except ValueError as error:
-            log.warning('spool: %s: %s: dropped', record_path(backlog.spool, number), error)
-            os.unlink(record_path(backlog.spool, number))
-            backlog.dropped['damaged'] += 1
+            header = read_record(backlog.spool, number)[0]
+        except (OSError, ValueError) as error:
+            reasons.append(f'{record_name(number)}: {error}')
+            remove_record(backlog.spool, number)
             continue
         taken = monotonic - record_age(header, backlog.boot_id, monotonic, wall)
         append_snapshot(backlog, Snapshot(number, taken, header.plain_bytes, header.stored_bytes, None))
     backlog.next_number = numbers[-1] + 1 if numbers else 1
+    if reasons:
+        backlog.dropped['damaged'] += len(reasons)
+        log.warning('spool: %s: damaged records, dropped: %d, the first %s', backlog.spool, len(reasons), reasons[0])
+
+
+def memory_bytes(snapshot: Snapshot) -> int:
+    return 0 if snapshot.stored is None else snapshot.stored_bytes
+
+
+def spool_bytes(snapshot: Snapshot) -> int:
+    """File systems give out whole blocks."""
+    return 0 if snapshot.stored is not None else -(-snapshot.stored_bytes // BLOCK_BYTES) * BLOCK_BYTES
 
 
 def append_snapshot(backlog: Backlog, snapshot: Snapshot) -> None:
     backlog.snapshots.append(snapshot)
-    backlog.memory_bytes += snapshot.stored_bytes if snapshot.stored is not None else 0
-    backlog.spool_bytes += snapshot.stored_bytes if snapshot.stored is None else 0
+    backlog.memory_bytes += memory_bytes(snapshot)
+    backlog.spool_bytes += spool_bytes(snapshot)
 
 
-def remove_oldest(backlog: Backlog, cause: Optional[str] = None) -> None:
-    """Forget the oldest snapshot, and count it where it was not delivered. The caller holds the lock."""
-    snapshot = backlog.snapshots.popleft()
-    backlog.memory_bytes -= snapshot.stored_bytes if snapshot.stored is not None else 0
-    backlog.spool_bytes -= snapshot.stored_bytes if snapshot.stored is None else 0
+def remove_snapshot(backlog: Backlog, snapshot: Snapshot, cause: Optional[str] = None) -> None:
+    """Forget a snapshot, and count it where it was not delivered. The caller holds the lock."""
+    backlog.snapshots.remove(snapshot)
+    backlog.memory_bytes -= memory_bytes(snapshot)
+    backlog.spool_bytes -= spool_bytes(snapshot)
     if snapshot.stored is None:
-        with contextlib.suppress(OSError):
-            os.unlink(record_path(backlog.spool, snapshot.number))
+        remove_record(backlog.spool, snapshot.number)
     if cause:
         backlog.dropped[cause] += 1
 
@@ -2756,24 +2835,40 @@ def drop_excess(backlog: Backlog, now: float) -> Dict[str, str]:
     """Drop the oldest beyond the retention and the sizes; what that was, by trouble. The caller holds the lock."""
     failures = {}
     while backlog.snapshots and now - backlog.snapshots[0].taken > backlog.retention_seconds:
-        remove_oldest(backlog, 'retention')
+        remove_snapshot(backlog, backlog.snapshots[0], 'retention')
         failures['backlog'] = f'dropping snapshots older than {backlog.retention_seconds / 60:g} min'
-    while backlog.memory_bytes > backlog.max_bytes or backlog.spool_bytes > backlog.spool_max_bytes:
-        remove_oldest(backlog, 'size')
-        failures['backlog size'] = 'dropping the oldest snapshots: the backlog has reached its size'
+    while backlog.memory_bytes > backlog.max_bytes:
+        remove_snapshot(backlog, next(filter(memory_bytes, backlog.snapshots)), 'size')
+        failures['backlog size'] = 'dropping the oldest snapshots: those in memory have reached --buffer-max-size'
+    while backlog.spool_bytes > backlog.spool_max_bytes:
+        remove_snapshot(backlog, next(filter(spool_bytes, backlog.snapshots)), 'size')
+        failures['backlog size'] = 'dropping the oldest snapshots: those in the spool have reached --spool-max-size'
     return failures
 
 
-def store_snapshot(backlog: Backlog, data: bytes, now: float) -> Tuple[Snapshot, Dict[str, str]]:
-    """Into the spool, if there is one and the disk takes it; else into memory. What waits behind others is compressed."""
-    stored = zlib.compress(data, COMPRESSION_LEVEL) if backlog.snapshots else data
-    snapshot = Snapshot(backlog.next_number, now, len(data), len(stored), stored)
+def make_snapshot(backlog: Backlog, data: bytes, now: float) -> Snapshot:
+    """What waits behind others is compressed; in memory against the reference, which is each time a recent one."""
+    reference, number = backlog.reference, backlog.next_number
     backlog.next_number += 1
-    if backlog.spool is None:
-        return snapshot, {}
-    header = Record(RECORD_MAGIC, len(stored), len(data), now, time.time(), backlog.boot_id)
+    if not backlog.snapshots:
+        backlog.reference = None
+        return Snapshot(number, now, len(data), len(data), data)
+    if reference and number - reference.number < REFERENCE_EVERY_SNAPSHOTS:
+        packed = compress_against(plain(reference.stored, reference), data)
+    else:
+        reference, packed = None, zlib.compress(data, COMPRESSION_LEVEL)
+    if len(packed) >= len(data):
+        reference, packed = None, data
+    snapshot = Snapshot(number, now, len(data), len(packed), packed, reference)
+    backlog.reference = reference or (snapshot if backlog.spool is None else None)
+    return snapshot
+
+
+def spooled(backlog: Backlog, snapshot: Snapshot) -> Tuple[Snapshot, Dict[str, str]]:
+    """The snapshot put into the spool; or as it was, and why, where the disk does not take it."""
+    header = Record(RECORD_MAGIC, snapshot.stored_bytes, snapshot.plain_bytes, snapshot.taken, time.time(), backlog.boot_id)
     try:
-        write_record(backlog.spool, snapshot.number, header, stored)
+        write_record(backlog.spool, snapshot.number, header, snapshot.stored)
     except OSError as error:
         return snapshot, {'spool': f'{backlog.spool} cannot be written ({error.strerror}): keeping snapshots in memory'}
     return snapshot._replace(stored=None), {}
@@ -2786,7 +2881,9 @@ def add_snapshot(backlog: Backlog, data: bytes) -> Dict[str, str]:
         backlog.dropped['too large'] += 1
         return {'snapshot': f'dropped: its {len(data)} bytes exceed the {MAX_SNAPSHOT_BYTES} that the relay accepts'}
     with backlog.changed:
-        snapshot, failures = store_snapshot(backlog, data, now)
+        snapshot, failures = make_snapshot(backlog, data, now), {}
+        if backlog.spool is not None:
+            snapshot, failures = spooled(backlog, snapshot)
         append_snapshot(backlog, snapshot)
         failures.update(drop_excess(backlog, now))
         backlog.changed.notify()
@@ -2794,16 +2891,15 @@ def add_snapshot(backlog: Backlog, data: bytes) -> Dict[str, str]:
 
 
 def load_snapshot(backlog: Backlog, snapshot: Snapshot) -> Optional[bytes]:
-    """The bytes to send; None where the spool has lost or spoiled them."""
-    stored = snapshot.stored
-    if stored is None:
-        try:
-            stored = parse_record(read_bytes(backlog.spool, os.path.basename(record_path(backlog.spool, snapshot.number))) or b'')[1]
-        except (OSError, ValueError) as error:
-            log.warning('spool: snapshot %d: %s: dropped', snapshot.number, error)
-            backlog.dropped['damaged'] += 1
-            return None
-    return zlib.decompress(stored) if snapshot.stored_bytes != snapshot.plain_bytes else stored
+    """The bytes to send; None where the spool has lost or spoiled them, or they have been dropped meanwhile."""
+    try:
+        stored = read_record(backlog.spool, snapshot.number)[1] if snapshot.stored is None else snapshot.stored
+        return plain(stored, snapshot)
+    except (OSError, ValueError) as error:
+        with backlog.changed, contextlib.suppress(ValueError):
+            remove_snapshot(backlog, snapshot, 'damaged')
+            log.warning('spool: %s: %s: dropped', record_path(backlog.spool, snapshot.number), error)
+        return None
 
 
 def next_batch(backlog: Backlog, limit: int) -> List[Snapshot]:
@@ -2825,12 +2921,18 @@ def forget_snapshots(backlog: Backlog, batch: Sequence[Snapshot]) -> None:
     """Remove what has been delivered, or cannot be; some of it may have been dropped meanwhile."""
     with backlog.changed:
         while backlog.snapshots and backlog.snapshots[0].number <= batch[-1].number:
-            remove_oldest(backlog)
+            remove_snapshot(backlog, backlog.snapshots[0])
 
 
 # --- TLS
 
 TLS_PROBE_SECONDS = 3
+# Debian, RHEL, SUSE, Alpine; SSL_CERT_FILE names another. What grpc would take otherwise is a list of its own.
+SYSTEM_ROOTS = ('/etc/ssl/certs/ca-certificates.crt', '/etc/pki/tls/certs/ca-bundle.crt', '/etc/ssl/ca-bundle.pem',
+                '/etc/ssl/cert.pem')
+# What OpenSSL makes of an answer in plain text, or of a server that hangs up on a handshake.
+NO_TLS = frozenset(('WRONG_VERSION_NUMBER', 'RECORD_LAYER_FAILURE', 'PACKET_LENGTH_TOO_LONG', 'HTTP_REQUEST',
+                    'UNEXPECTED_EOF_WHILE_READING'))
 
 
 class Relay(NamedTuple):
@@ -2854,6 +2956,16 @@ def read_relay_file(flag: str, path: Optional[str]) -> Optional[bytes]:
             return file and file.read()
     except OSError as error:
         raise RelayError(f'{flag} {path}: {error.strerror}') from None
+
+
+def ca_file(relay: Relay) -> Tuple[str, str]:
+    """The flag to blame and the file of the certificates to trust. RelayError where the system has none."""
+    if relay.ca:
+        return '--relay-ca', relay.ca
+    roots = os.environ.get('SSL_CERT_FILE') or next(filter(os.path.exists, SYSTEM_ROOTS), None)
+    if not roots:
+        raise RelayError(f'--relay-tls: no roots of the system at {", ".join(SYSTEM_ROOTS)} (--relay-ca FILE names some)')
+    return '--relay-tls', roots
 
 
 def relay_files(relay: Relay) -> Dict[str, str]:
@@ -2884,23 +2996,25 @@ def exposed_files(relay: Relay) -> Iterable[str]:
 
 def tls_context(relay: Relay) -> ssl.SSLContext:
     """What Python's ssl makes of the same files: unlike grpc, it says what is wrong with them. RelayError does so."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context, (flag, roots) = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), ca_file(relay)
     context.set_alpn_protocols(['h2'])
     try:
-        context.load_verify_locations(relay.ca) if relay.ca else context.load_default_certs()
-    except (OSError, ValueError) as error:
-        raise RelayError(f'--relay-ca {relay.ca}: no certificate in PEM format ({error})') from None
+        context.load_verify_locations(roots)
+    except (OSError, ValueError):
+        raise RelayError(f'{flag} {roots}: holds no certificate in PEM format') from None
     try:
         if relay.cert:
             context.load_cert_chain(relay.cert, relay.key, password=lambda: b'')
     except (OSError, ValueError) as error:
-        raise RelayError(f'--relay-cert {relay.cert} and --relay-key {relay.key}: {getattr(error, "reason", None) or error}') from None
+        mismatch = getattr(error, 'reason', None) == 'KEY_VALUES_MISMATCH'
+        why = 'the key is not that of the certificate' if mismatch else 'not a certificate and its key, unencrypted, in PEM format'
+        raise RelayError(f'--relay-cert {relay.cert}, --relay-key {relay.key}: {why}') from None
     return context
 
 
 def relay_credentials(relay: Relay) -> grpc.ChannelCredentials:
     ca, cert, key = (read_relay_file(flag, path) for flag, path in
-                     (('--relay-ca', relay.ca), ('--relay-cert', relay.cert), ('--relay-key', relay.key)))
+                     (ca_file(relay), ('--relay-cert', relay.cert), ('--relay-key', relay.key)))
     tls_context(relay)
     return grpc.ssl_channel_credentials(ca, key, cert)
 
@@ -2916,21 +3030,21 @@ def explain_tls(relay: Relay) -> Optional[str]:
     """Why the handshake fails, in the words of Python's ssl; None where it does not."""
     host, _, port = relay.address.rpartition(':')
     name = relay.server_name or host.strip('[]')
+    about = f' (--relay-cert {relay.cert})' if relay.cert else ' (no --relay-cert was given)'
     try:
         with socket.create_connection((host.strip('[]'), int(port)), TLS_PROBE_SECONDS) as plain:
             with tls_context(relay).wrap_socket(plain, server_hostname=name) as tls:
-                # In TLS 1.3 the verdict on our certificate comes after the handshake.
-                tls.recv(1)
+                # In TLS 1.3 the verdict on our certificate comes after the handshake; from grpc's C core, without a word.
+                return None if tls.recv(1) else f'the relay hangs up after the TLS handshake{about}'
     except ssl.SSLCertVerificationError as error:
-        source = f'--relay-ca {relay.ca}' if relay.ca else "the system's roots"
-        return f"the relay's certificate, checked against {source}: {error.verify_message}"
+        return f"the relay's certificate, checked against {' '.join(ca_file(relay))}: {error.verify_message}"
     except ssl.SSLError as error:
-        about = f' (--relay-cert {relay.cert})' if relay.cert else ' (no --relay-cert was given)'
+        if error.reason in NO_TLS or isinstance(error, ssl.SSLEOFError):
+            return 'it does not seem to speak TLS'
         alert = (error.reason or str(error)).replace('_', ' ').lower()
-        return f'TLS: {alert}' + (about if 'certificate' in alert else '')
+        return f'TLS: {alert}' + (about if 'certificate' in alert or 'unknown ca' in alert else '')
     except (OSError, RelayError):
         return None
-    return None
 
 
 # --- relay
@@ -2939,6 +3053,8 @@ SEND_METRICS = '/metrics.MetricsService/SendMetrics'
 SEND_TIMEOUT_SECONDS = 20
 BACKOFF_FIRST_SECONDS, BACKOFF_LONGEST_SECONDS = 0.5, 30
 LAST_ATTEMPT_SECONDS = 5
+# In place of a status code, where the files do not even allow an attempt.
+NOT_CONNECTED = 'not connected'
 LOOPBACK = re.compile(r'(localhost|127\.[\d.]+|\[::1\]):')
 
 
@@ -2991,17 +3107,27 @@ def keep_connection(backlog: Backlog, relay: Relay, connection: Optional[Connect
     return connection
 
 
+def load_batch(backlog: Backlog, batch: Sequence[Snapshot]) -> Generator[bytes, None, None]:
+    """One by one, as the stream takes them: a relay that is away takes none. It neither waits nor raises."""
+    for snapshot in batch:
+        message = load_snapshot(backlog, snapshot)
+        if message is not None:
+            backlog.sent += 1
+            yield message
+
+
 def send_batch(connection: Connection, backlog: Backlog, batch: Sequence[Snapshot]) -> Optional[Refusal]:
     """One SendMetrics stream. None: the relay has acknowledged the batch, all of it."""
-    messages = [message for message in (load_snapshot(backlog, snapshot) for snapshot in batch) if message is not None]
-    call = connection.channel.stream_unary(SEND_METRICS).future(iter(messages), timeout=SEND_TIMEOUT_SECONDS,
+    sent_before, messages = backlog.sent, load_batch(backlog, batch)
+    call = connection.channel.stream_unary(SEND_METRICS).future(messages, timeout=SEND_TIMEOUT_SECONDS,
                                                                 metadata=connection.metadata)
     backlog.call = call
-    backlog.sent += len(messages)
     try:
         if call.result() is None:
             return Refusal('UNKNOWN', 'the stream ended without an answer')
-        backlog.acknowledged += len(messages)
+        if messages.gi_frame is not None:
+            return Refusal('UNKNOWN', 'the relay has answered before it had read everything')
+        backlog.acknowledged += backlog.sent - sent_before
         backlog.last_acknowledged = time.monotonic()
         return None
     except grpc.FutureCancelledError:
@@ -3016,7 +3142,7 @@ def attempt(relay: Relay, backlog: Backlog, batch: Sequence[Snapshot], connectio
     try:
         connection = keep_connection(backlog, relay, connection)
     except RelayError as error:
-        return None, Refusal('not connected', str(error))
+        return None, Refusal(NOT_CONNECTED, str(error))
     refusal = send_batch(connection, backlog, batch)
     if refusal is None:
         return connection, None
@@ -3045,14 +3171,18 @@ def settle(backlog: Backlog, batch: Sequence[Snapshot], refusal: Optional[Refusa
     return True
 
 
-def log_refusal(relay: Relay, refusal: Refusal) -> None:
+def log_refusal(relay: Relay, refusal: Refusal, told: Set[str]) -> None:
+    """Each kind of reason once an outage: a relay that is back with a certificate that has expired is another trouble."""
     reason = explain_tls(relay) if relay.tls and refusal.code == 'UNAVAILABLE' else None
-    log.warning('relay %s: %s', relay.address, reason or f'{refusal.code}: {refusal.details}')
+    kind = reason or (refusal.details if refusal.code == NOT_CONNECTED else refusal.code)
+    if kind not in told:
+        log.warning('relay %s: %s', relay.address, reason or f'{refusal.code}: {refusal.details}')
+    told.add(kind)
 
 
 def deliver(backlog: Backlog, relay: Relay) -> None:
     """The sending thread: send the backlog until it closes, with a pause after each failure and one last attempt."""
-    connection, failures, limit = None, 0, MAX_STREAM_SNAPSHOTS
+    connection, failures, limit, told = None, 0, MAX_STREAM_SNAPSHOTS, set()
     while True:
         batch = next_batch(backlog, limit)
         last_attempt = backlog.closing.is_set()
@@ -3065,11 +3195,10 @@ def deliver(backlog: Backlog, relay: Relay) -> None:
         if settle(backlog, batch, refusal):
             if failures:
                 log.info('relay %s: acknowledges again; dropped so far: %d', relay.address, sum(backlog.dropped.values()))
-            failures = 0
+            failures, told = 0, set()
             continue
         failures += 1
-        if failures == 1:
-            log_refusal(relay, refusal)
+        log_refusal(relay, refusal, told)
         if last_attempt or backlog.given_up:
             break
         backlog.closing.wait(backoff_seconds(failures))
@@ -3328,8 +3457,8 @@ ALL_BACKUPS = 1000
 def rotate_log(source: str, destination: str, compress: bool, max_age_seconds: float) -> None:
     """Move the full log file aside, compressed if so wished, and remove what has become too old."""
     if compress:
-        with open(source, 'rb') as plain, gzip.open(destination, 'wb') as packed:
-            shutil.copyfileobj(plain, packed)
+        with open(source, 'rb') as full, open(destination, 'xb', opener=open_log_file) as file, gzip.open(file, 'wb') as packed:
+            shutil.copyfileobj(full, packed)
         os.remove(source)
     else:
         os.rename(source, destination)
@@ -3338,23 +3467,46 @@ def rotate_log(source: str, destination: str, compress: bool, max_age_seconds: f
         path = os.path.join(directory, backup)
         if re.fullmatch(re.escape(name) + r'\.\d+(\.gz)?', backup) and time.time() - os.stat(path).st_mtime > max_age_seconds:
             os.remove(path)
-    claim_file(source)
 
 
-def claim_file(path: str) -> None:
-    """Create the file unless it is there. OSError where it is a link or another user's, who would choose what we write to."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o640)
-    owner = os.fstat(descriptor).st_uid
-    os.close(descriptor)
-    if owner not in (0, os.geteuid()):
-        raise PermissionError(errno.EPERM, f'it belongs to user {owner}')
+def check_owner(path: str, status: os.stat_result) -> None:
+    if status.st_uid not in (0, os.geteuid()):
+        raise PermissionError(errno.EPERM, f'{path} belongs to user {status.st_uid}')
+
+
+def check_links(directory: str) -> None:
+    """PermissionError where a symbolic link on the way to it is another user's, who would choose where we write."""
+    while directory != '/':
+        status = os.lstat(directory)
+        if stat.S_ISLNK(status.st_mode):
+            check_owner(directory, status)
+        directory = os.path.dirname(directory)
+
+
+def open_log_file(path: str, flags: int) -> int:
+    """OSError where it is a link or another user's."""
+    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o640)
+    try:
+        check_owner(path, os.fstat(descriptor))
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+class LogFile(logging.handlers.RotatingFileHandler):
+    """One that follows no links."""
+
+    def _open(self) -> Any:
+        return open(self.baseFilename, self.mode, encoding=self.encoding, errors='backslashreplace', opener=open_log_file)
 
 
 def log_file_handler(options: argparse.Namespace, path: str) -> logging.Handler:
     """Appends to the file; at --log-max-size it becomes PATH.1.gz, and so on. OSError where that cannot be written."""
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    claim_file(path)
-    handler = logging.handlers.RotatingFileHandler(
+    directory = os.path.dirname(os.path.abspath(path))
+    os.makedirs(directory, mode=0o750, exist_ok=True)
+    check_links(directory)
+    handler = LogFile(
         path, maxBytes=int(options.log_max_size * 1_000_000), backupCount=options.log_max_backups or ALL_BACKUPS,
         encoding='utf-8')
     if options.log_compress:
@@ -3362,6 +3514,12 @@ def log_file_handler(options: argparse.Namespace, path: str) -> logging.Handler:
     max_age_seconds = options.log_max_age * 86400 or math.inf
     handler.rotator = functools.partial(rotate_log, compress=options.log_compress, max_age_seconds=max_age_seconds)
     return handler
+
+
+def one_line(record: logging.LogRecord) -> bool:
+    """A filter that lets no name and no answer forge a line: what comes from elsewhere may hold line feeds."""
+    record.msg, record.args = printable(record.getMessage()), ()
+    return True
 
 
 def set_up_log(options: argparse.Namespace) -> None:
@@ -3382,6 +3540,7 @@ def set_up_log(options: argparse.Namespace) -> None:
                         datefmt='%Y-%m-%dT%H:%M:%SZ')
     # What grpc has to say comes back as a status of the call.
     logging.getLogger('grpc').setLevel(logging.CRITICAL)
+    log.addFilter(one_line)
     # A log file that cannot be written any more must not fill stderr with tracebacks.
     logging.raiseExceptions = False
     if failure:
@@ -3572,7 +3731,7 @@ def status_line(metrics: wire.Metrics, backlog: Optional[Backlog], failures: Dic
     containers = sum(len(pod.container_metrics) for pod in metrics.pod_metrics)
     waiting = f', {len(backlog.snapshots)} snapshots wait for the relay' if backlog else ''
     trouble = f'; in trouble: {", ".join(sorted(failures))}' if failures else ''
-    return f'{len(metrics.pod_metrics)} pods, {containers} containers{waiting}{trouble}'
+    return printable(f'{len(metrics.pod_metrics)} pods, {containers} containers{waiting}{trouble}')
 
 
 def log_blind_spots() -> None:

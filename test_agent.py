@@ -17,6 +17,7 @@ import glob
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import logging
 import lzma
@@ -29,7 +30,9 @@ import re
 import shutil
 import signal
 import socket
+import ssl
 import stat
+import struct
 import subprocess
 import sys
 import tarfile
@@ -37,9 +40,11 @@ import tempfile
 import textwrap
 import threading
 import time
+import types
 import unittest
 import uuid
 import zipfile
+import zlib
 from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 from unittest import mock
 
@@ -1373,6 +1378,85 @@ class FileSystemsTest(AgentTest):
             self.skipTest('no file system of its own here')
 
 
+# --- file systems that do not answer
+
+class StuckMountTest(AgentTest):
+    """A file server that is gone: statvfs(2) of its mounts does not return before `back` is set."""
+
+    def setUp(self):
+        self.stuck, self.asked, self.back = {'/nfs'}, [], threading.Event()
+        self.addCleanup(self.release)
+        for name, value in (('read_space', self.read_space), ('STATVFS_TIMEOUT_SECONDS', 0.1)):
+            patch = mock.patch.object(agent, name, value)
+            patch.start()
+            self.addCleanup(patch.stop)
+
+    def release(self):
+        self.back.set()
+        for thread in self.askers():
+            thread.join(10)
+
+    def askers(self):
+        return [thread for thread in threading.enumerate() if thread.name == 'statvfs']
+
+    def read_space(self, root, mountpoint):
+        self.asked.append(mountpoint)
+        if mountpoint == '/bad':
+            raise OSError(errno.EIO, 'bad')
+        if mountpoint in self.stuck:
+            self.back.wait(10)
+        return space(100, 50, 40)
+
+    def cycle(self, before=None, *mounts):
+        """What answered, and what to hand on."""
+        self.asked.clear()
+        answers, stuck = agent.answering_mounts('/', mounts or self.mounts(), before or {})
+        return {mountpoint for mountpoint, answer in answers.items() if answer}, stuck
+
+    def mounts(self):
+        return [mount('0:50', '/nfs', 'nfs4', 'server:/x'), mount('0:51', '/smb', 'cifs', '//server/x'), mount('8:1', '/')]
+
+    def test_local_devices_are_asked_first_and_answer(self):
+        answers, stuck = self.cycle()
+        self.assertEqual((['/', '/nfs'], {'/'}, ['/nfs']), (self.asked, answers, list(stuck)))
+
+    def test_it_is_not_asked_again_until_the_old_call_has_come_back(self):
+        _, stuck = self.cycle()
+        for _ in range(5):
+            answers, stuck = self.cycle(stuck)
+            self.assertEqual((['/', '/smb'], {'/', '/smb'}, ['/nfs']), (self.asked, answers, list(stuck)))
+        self.assertEqual(1, len(self.askers()))
+        self.stuck.clear()
+        self.release()
+        self.assertEqual(({'/', '/nfs', '/smb'}, {}), self.cycle(stuck))
+
+    def test_threads_do_not_pile_up_however_many_mounts_hang(self):
+        self.stuck |= {'/smb'}
+        stuck = {}
+        for _ in range(6):
+            _, stuck = self.cycle(stuck)
+        self.assertEqual((['/nfs', '/smb'], 2), (sorted(stuck), len(self.askers())))
+
+    def test_a_mount_that_fails_is_not_taken_for_the_one_that_hangs(self):
+        stuck = {}
+        for _ in range(3):
+            answers, stuck = self.cycle(stuck, mount('0:1', '/bad', 'nfs4', 'x:/bad'), *self.mounts())
+        self.assertEqual(({'/', '/smb'}, ['/nfs'], 1), (answers, list(stuck), len(self.askers())))
+
+    def test_it_is_reported_once_and_left_out_also_across_a_cycle_without_mountinfo(self):
+        root = self.tree({'proc/1/mountinfo': '1 0 8:1 / / rw - ext4 /dev/sda1 rw\n2 1 0:50 / /nfs rw - nfs4 server:/x rw\n'})
+        part, troubles = agent.collect_node(roots_below(root), {}, 10), []
+        for text in (None, 'malformed\n', None):
+            troubles.append({subject for subject in part.failures if subject != 'cpu'})
+            if text:
+                write_tree(root, {'proc/1/mountinfo': text})
+            part = agent.collect_node(roots_below(root), part.after, 10)
+            write_tree(root, {'proc/1/mountinfo': '1 0 8:1 / / rw - ext4 /dev/sda1 rw\n2 1 0:50 / /nfs rw - nfs4 server:/x rw\n'})
+        self.assertEqual([{'mount /nfs'}, {'mount /nfs'}, {'file systems', 'mount /nfs'}], troubles)
+        self.assertEqual(['/'], [disk.mountpoint for disk in part.message.disk_usages])
+        self.assertEqual(1, len(self.askers()))
+
+
 # --- disk I/O
 
 class DiskIoTest(AgentTest):
@@ -1826,6 +1910,55 @@ class LogTest(AgentTest):
         self.assertEqual('node-d13', json.loads(run.stdout)['node_metrics']['hostname'])
         self.assertEqual(0, stat.S_IMODE(os.stat(f'{root}/a.log').st_mode) & 0o027)
 
+    def test_file_and_its_directory_are_not_for_others(self):
+        root = self.tree(NODE)
+        for umask in (0o000, 0o077):
+            path = f'{root}/{umask}/a.log'
+            previous = os.umask(umask)
+            try:
+                run = run_on_tree(root, '--log-file', path, '--output', 'json')
+            finally:
+                os.umask(previous)
+            modes = [stat.S_IMODE(os.stat(name).st_mode) for name in (path, os.path.dirname(path))]
+            self.assertEqual(([0o640, 0o750], 0), (modes, run.returncode), run.stderr)
+
+    def refusal(self, path):
+        with self.assertRaises(OSError) as raised:
+            agent.log_file_handler(agent.parse_options([], {}), path)
+        return raised.exception.strerror
+
+    def test_no_link_of_another_user_is_followed(self):
+        root = self.tree({'victim': 'mine\n', 'real/x': ''})
+        os.symlink(f'{root}/victim', f'{root}/a.log')
+        os.symlink(f'{root}/nowhere', f'{root}/b.log')
+        os.symlink(f'{root}/real', f'{root}/ours')
+        self.assertEqual(['Too many levels of symbolic links'] * 2, [self.refusal(f'{root}/{name}.log') for name in 'ab'])
+        self.write_log(f'{root}/ours/a.log', lines=1)
+        if os.geteuid() == 0:
+            os.symlink(f'{root}/real', f'{root}/theirs')
+            os.lchown(f'{root}/theirs', 12345, 0)
+            os.chown(f'{root}/real/x', 12345, 0)
+            self.assertEqual(f'{root}/theirs belongs to user 12345', self.refusal(f'{root}/theirs/c.log'))
+            self.assertEqual(f'{root}/real/x belongs to user 12345', self.refusal(f'{root}/real/x'))
+        with open(f'{root}/victim') as file:
+            self.assertEqual('mine\n', file.read())
+        self.assertFalse(os.path.exists(f'{root}/nowhere') or os.path.exists(f'{root}/real/c.log'))
+
+    def test_no_link_is_followed_when_the_log_is_rotated(self):
+        root = self.directory()
+        os.symlink(f'{root}/victim', f'{root}/a.log.1.gz')
+        with mock.patch.object(logging, 'raiseExceptions', False):
+            self.write_log(f'{root}/a.log', lines=25)
+        self.assertFalse(os.path.exists(f'{root}/victim'))
+
+    def test_no_name_forges_a_line(self):
+        record = logging.LogRecord('x', logging.INFO, '', 1, 'mount %s: %s', ('/a\n2026 INFO all well', '\x1b[2J'), None)
+        self.assertTrue(agent.one_line(record))
+        self.assertEqual('mount /a?2026 INFO all well: ?[2J', record.getMessage())
+        root = self.tree({**NODE, 'proc/meminfo': 'x'})
+        run = run_on_tree(root, '--log-file', f'{root}/a\nb/a.log', '--output', 'json', '--cri-socket', '/no\nsuch')
+        self.assertEqual([], [line for line in run.stderr.splitlines() if not re.match(r'20.*Z (INFO|WARNING) ', line)])
+
 
 # --- command line
 
@@ -2015,6 +2148,18 @@ class GoldenTest(AgentTest):
 
 # --- malformed input
 
+# kubelet 1.31, shortened, as in /proc/PID/cmdline
+KUBELET_COMMAND_LINE = '/usr/bin/kubelet\0--config=/var/lib/kubelet/config.yaml\0--container-runtime-endpoint=unix:///run/x.sock\0'
+CRICTL_YAML = 'runtime-endpoint: unix:///run/containerd/containerd.sock\nimage-endpoint: ""\ntimeout: 2\n'
+BUNDLE_TARGETS = '.cpython-311-x86_64-linux-gnu.so x86_64-9f86d081884c7d65.tar.xz\n.cpython-39-aarch64-linux-gnu.so aarch64-1.tar.xz\n'
+MANIFEST = f'{"9f86d081" * 8} grpc/__init__.py\n{"0a1b2c3d" * 8} google/protobuf/a b.py\n'
+
+
+def packed_record(stored):
+    data = agent.RECORD.pack(b'KSR1', len(stored), len(stored), 1.5, 2.5, b'6' * 36) + stored
+    return data + agent.RECORD_CRC.pack(zlib.crc32(data))
+
+
 # parse_ function → texts of real systems.
 FUZZED = {
     agent.parse_stat: STAT, agent.parse_cpuinfo: CPUINFO_X86.partition('\n\n')[0] + '\n\n' + CPUINFO_ARM,
@@ -2022,7 +2167,12 @@ FUZZED = {
     agent.parse_mountinfo: MOUNTINFO, agent.parse_diskstats: DISKSTATS, agent.parse_addresses: ADDRESSES,
     agent.parse_net_dev: NET_DEV, agent.parse_route: ROUTE, agent.parse_ipv6_route: IPV6_ROUTE,
     agent.parse_os_release: OS_RELEASE, agent.parse_uptime: UPTIME,
+    agent.parse_endpoint_flag: KUBELET_COMMAND_LINE, agent.parse_endpoint_setting: CRICTL_YAML,
+    agent.parse_targets: BUNDLE_TARGETS, agent.parse_manifest: MANIFEST,
+    agent.parse_record: packed_record(b'abc'),
 }
+# Of these any text is one that a person may have written.
+LENIENT = {agent.parse_os_release, agent.parse_endpoint_flag, agent.parse_endpoint_setting}
 ODD_NUMBERS = (b'', b'-1', b'-0', b'0x1f', b'1.5', b'1e999', b'NaN', b'inf', b'18446744073709551616', b'9' * 400, b'9' * 5000,
                '\u0663'.encode(), b'\0', b'\x85')
 NUMBER = re.compile(rb'\d+')
@@ -2059,6 +2209,7 @@ class MalformedInputTest(AgentTest):
             original = sample.encode() if is_text else sample
             refused = 0
             with self.subTest(parse.__name__):
+                parse(sample)
                 for _ in range(self.ROUNDS):
                     data = mutated(original, chance)
                     data = data.decode(errors='replace') if is_text else data
@@ -2068,8 +2219,14 @@ class MalformedInputTest(AgentTest):
                         refused += 1
                     except Exception as error:
                         self.fail(f'{error!r} for {data!r}')
-                # Only os-release has no malformed form; elsewhere none refused would mean that the accidents are too tame.
-                self.assertEqual(parse is agent.parse_os_release, refused == 0)
+                # None refused would mean that the accidents are too tame.
+                self.assertEqual(parse in LENIENT, refused == 0)
+
+    def test_every_parser_is_among_them(self):
+        takes_text = {getattr(agent, name) for name in dir(agent) if name.startswith('parse_')}
+        # parse_lines takes another parser; parse_cpuinfo_line is a part of parse_cpuinfo; parse_options reads argv.
+        takes_text -= {agent.parse_lines, agent.parse_cpuinfo_line, agent.parse_options}
+        self.assertEqual(takes_text, set(FUZZED))
 
     def test_node_with_accidents_is_a_message_and_failures(self):
         root, chance = self.tree(NODE), random.Random(self.SEED)
@@ -2084,6 +2241,55 @@ class MalformedInputTest(AgentTest):
                 for render in agent.RENDERERS.values():
                     render(wire.Metrics.FromString(wire.Metrics(node_metrics=part.message).SerializeToString()))
             write_tree(root, {path: NODE[path]})
+
+    def test_huge_files(self):
+        """1,024 CPUs, 5,000 interfaces, 100,000 lines of mounts: as many as the largest machines have, and more."""
+        cpus = ''.join(f'cpu{number} {number} 2 3 4 5 6 7 8 9 10\n' for number in range(1024))
+        with self.subTest('CPUs'):
+            self.assertEqual(1023, agent.parse_stat('cpu 1 2 3 4 5 6 7 8 9 10\n' + cpus)[0]['cpu1023'].user)
+            self.assertEqual(1024, len(agent.parse_cpuinfo(''.join(
+                CPUINFO_X86.partition('\n\n')[0].replace('processor\t: 0', f'processor\t: {number}') + '\n\n'
+                for number in range(1024)))))
+        with self.subTest('interfaces'):
+            interfaces = ''.join(f'eth{number}: {number} 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16\n' for number in range(5000))
+            usage = agent.build_net_usage(agent.parse_net_dev(interfaces).values())
+            self.assertEqual((sum(range(5000)), 5000 * 9), (usage.total_bytes_received, usage.total_bytes_sent))
+        with self.subTest('mounts'):
+            mounts = ''.join(f'{number} 1 8:{number % 50} / /{number} rw - ext4 /dev/sda rw\n' for number in range(20_000))
+            self.assertEqual(50, len(agent.real_mounts(agent.parse_mountinfo(mounts))))
+
+    def test_a_hundred_thousand_processes(self):
+        """The directory is listed once, and each process costs one small read; no tree of so many files is made here."""
+        pids = [str(number) for number in range(1, 100_001)]
+        with mock.patch.object(agent, 'read_names', lambda root, path: ['self', *pids]), \
+                mock.patch.object(agent, 'read_bytes', lambda root, path: b'9 %s 3 4 5 6 7\n' % path.split('/')[0].encode()), \
+                mock.patch.object(agent, 'read_text', lambda root, path: f'name of {path}\n'):
+            fields, _ = agent.collect_processes(LIVE, None, 2)
+        self.assertEqual((100_000, [100_000, 99_999]), (fields['procs'], [info.pid for info in fields['processes_mem_info']]))
+
+    def test_files_that_are_missing_unreadable_empty_or_truncated_cost_only_their_subject(self):
+        for path in ('proc/stat', 'proc/meminfo', 'proc/diskstats', 'proc/1/net/dev', 'proc/1/mountinfo', 'proc/uptime'):
+            for what, content in (('empty', ''), ('truncated', NODE[path][:len(NODE[path]) * 2 // 3]), ('missing', None),
+                                  ('not text', b'\xff\xfe\0' * 9)):
+                with self.subTest(path=path, what=what):
+                    root = self.tree({**NODE, **({path: content} if content is not None else {})})
+                    if content is None:
+                        os.unlink(f'{root}/{path}')
+                    part = agent.collect_node(roots_below(root), {}, 10)
+                    self.assertGreater(len(part.message.ListFields()), 10)
+                    self.assertLessEqual(len(part.failures), 1)
+
+    def test_negative_and_absurd_numbers_cost_only_their_subject(self):
+        for number in ('-1', '-9223372036854775809', '18446744073709551616', '9' * 100):
+            for path, old in (('proc/stat', '1795425261'), ('proc/meminfo', '4015532'), ('proc/diskstats', '1629322'),
+                              ('proc/1/net/dev', '324400'), ('proc/pressure/cpu', '169091998'), ('proc/1/statm', '256'),
+                              ('sys/class/net/lo/mtu', '65536')):
+                with self.subTest(path=path, number=number):
+                    self.assertIn(old, NODE[path])
+                    part = agent.collect_node(roots_below(self.tree({**NODE, path: NODE[path].replace(old, number)})), {}, 10)
+                    wire.NodeMetrics.FromString(part.message.SerializeToString())
+                    self.assertLessEqual(len(part.failures), 1)
+                    self.assertEqual('node-d13', part.message.hostname)
 
 
 # Longer than anything takes; nothing waits that long unless it fails.
@@ -2101,12 +2307,14 @@ def setUpModule() -> None:
 class FakeServer:
     """A gRPC server whose methods are looked up by `find`; it and its threads end with the test."""
 
-    def __init__(self, test: unittest.TestCase, address: str, options: Iterable[Tuple[str, Any]] = ()):
+    def __init__(self, test: unittest.TestCase, address: str, options: Iterable[Tuple[str, Any]] = (),
+                 credentials: Optional[grpc.ServerCredentials] = None):
         self.pool = concurrent.futures.ThreadPoolExecutor(16)
         self.server = grpc.server(self.pool, options=[('grpc.max_send_message_length', -1), *options])
         self.server.add_generic_rpc_handlers((self,))
         self.changed, self.released = threading.Condition(), False
-        self.port = self.server.add_insecure_port(address)
+        self.port = (self.server.add_secure_port(address, credentials) if credentials else
+                     self.server.add_insecure_port(address))
         self.server.start()
         test.addCleanup(self.close)
 
@@ -2202,6 +2410,11 @@ def cut_after_two(messages: Iterator[wire.Metrics], context: grpc.ServicerContex
     yield b''
 
 
+def answer_early(messages: Iterator[wire.Metrics], context: grpc.ServicerContext) -> Iterator[bytes]:
+    next(messages)
+    yield b''
+
+
 def refuse(messages: Iterator[wire.Metrics], context: grpc.ServicerContext) -> Iterator[bytes]:
     context.abort(grpc.StatusCode.PERMISSION_DENIED, 'not you')
     yield b''
@@ -2219,13 +2432,13 @@ class FakeRelay(FakeServer):
     `acknowledged` if they were."""
 
     def __init__(self, test: unittest.TestCase, *script: Behaviour, usual: Behaviour = acknowledge, port: int = 0,
-                 limit_bytes: int = 4 << 20):
+                 limit_bytes: int = 4 << 20, credentials: Optional[grpc.ServerCredentials] = None):
         self.script: Deque[Behaviour] = collections.deque(script)
         self.usual = usual
         self.arrived: queue.Queue[wire.Metrics] = queue.Queue()
         self.streams: queue.Queue[List[int]] = queue.Queue()
         self.acknowledged: queue.Queue[int] = queue.Queue()
-        super().__init__(test, f'127.0.0.1:{port}', [('grpc.max_receive_message_length', limit_bytes)])
+        super().__init__(test, f'127.0.0.1:{port}', [('grpc.max_receive_message_length', limit_bytes)], credentials)
         self.address = f'127.0.0.1:{self.port}'
 
     def find(self, service: str, method: str) -> Optional[grpc.RpcMethodHandler]:
@@ -2297,6 +2510,10 @@ def stats(name: str, timestamp_ns: int, usage_ns: int, rate: Optional[int] = Non
         timestamp=timestamp_ns, usage_core_nano_seconds=value(usage_ns), usage_nano_cores=value(rate)), **others)
 
 
+def varint(number: int) -> bytes:
+    return bytes([number & 0x7f | 0x80]) + varint(number >> 7) if number > 0x7f else bytes([number])
+
+
 def value(number: Optional[int]) -> Optional[cri.UInt64Value]:
     return None if number is None else cri.UInt64Value(value=number)
 
@@ -2347,7 +2564,8 @@ class ServerTest(unittest.TestCase):
         process = subprocess.Popen(
             [*settings.get('prefix', ()), sys.executable, agent.__file__, '--procfs', roots.procfs, '--sysfs', roots.sysfs,
              '--rootfs', settings.get('rootfs', roots.rootfs), '--log-file', f'{self.directory}/log', *arguments],
-            stdin=subprocess.DEVNULL, stdout=settings.get('stdout', subprocess.PIPE), stderr=subprocess.PIPE, text=True,
+            stdin=subprocess.DEVNULL, stdout=settings.get('stdout', subprocess.PIPE),
+            stderr=settings.get('stderr', subprocess.PIPE), text=True,
             env={**inherited, **settings.get('environment', {})})
         self.addCleanup(self.end, process)
         return process
@@ -2684,6 +2902,53 @@ class PodsTest(ServerTest):
         self.assertGreater(runtime.asked.count('ListContainerStats'), 1)
         self.assertEqual(runtime.most_stats_under_way, 1)
 
+    def test_the_pause_after_repeated_timeouts_grows_and_the_lists_go_on(self) -> None:
+        runtime = FakeRuntime(self, self.socket)
+        runtime.hanging.add('ListContainerStats')
+        pauses = [agent.after_timeout(timeouts).not_before - time.monotonic() for timeouts in (1, 2, 3, 4, 50)]
+        for pause, expected in zip(pauses, (0, 10, 20, 40, 300)):
+            self.assertAlmostEqual(pause, expected, delta=1)
+        part = self.first_cycle(seconds=0.1)
+        with mock.patch.object(agent, 'STATS_TIMEOUT_SECONDS', 0.15):
+            part = self.cycle(agent.forget_runtime(part.after), seconds=1)
+            self.assertEqual(part.after.stats.timeouts, 1)
+            part = self.cycle(part.after, seconds=1)
+        self.assertEqual(part.after.stats.timeouts, 2)
+        part = self.cycle(part.after._replace(stats=part.after.stats._replace(not_before=time.monotonic() + 100)))
+        asked = runtime.asked.count('ListContainerStats')
+        for _ in range(3):
+            part = self.cycle(part.after)
+            self.assertEqual((len(part.message), part.failures), (
+                1, {'container statistics': 'ListContainerStats: paused after 2 time-outs'}))
+        self.assertEqual(runtime.asked.count('ListContainerStats'), asked)
+        runtime.release()
+        part = self.cycle(part.after._replace(stats=part.after.stats._replace(not_before=time.monotonic())))
+        self.assertEqual((part.failures, part.after.stats), ({}, agent.StatsMemory()))
+
+    def test_a_step_of_the_wall_clock_does_not_lengthen_the_wait_for_statistics(self) -> None:
+        runtime, clock = FakeRuntime(self, self.socket), time.time
+        runtime.hanging.add('ListContainerStats')
+        start = time.monotonic()
+        stepped = threading.Timer(0.1, lambda: setattr(time, 'time', lambda: clock() - 86400))
+        with mock.patch.object(time, 'time', clock):
+            stepped.start()
+            part = self.first_cycle(seconds=0.3)
+            took = time.monotonic() - start
+            stepped.join()
+        self.assertEqual(list(part.failures), ['container statistics'])
+        self.assertLess(took, 1)
+
+    def test_an_answer_of_64_mib_is_accepted_and_a_larger_one_is_a_failure(self) -> None:
+        """The first 62 of them are an unknown field, which costs the parser nothing."""
+        runtime = FakeRuntime(self, self.socket)
+        usual = runtime.answers['ListContainers'].SerializeToString()
+        for size, containers in ((62 << 20, 1), (64 << 20, 0)):
+            with self.subTest(size=size):
+                runtime.answers['ListContainers'] = usual + b'\xfa\x3f' + varint(size) + bytes(size)
+                part = self.first_cycle(seconds=PATIENCE_SECONDS)
+                self.assertEqual(sum(len(pod.container_metrics) for pod in part.message), containers)
+        self.assertIn('ListContainers: RESOURCE_EXHAUSTED', part.failures['container runtime'])
+
     def test_answers_above_four_mebibytes_are_accepted(self) -> None:
         names = [f'{number:04}-{"x" * 60_000}' for number in range(100)]
         FakeRuntime(self, self.socket, ListContainers=cri.ListContainersResponse(
@@ -2736,9 +3001,9 @@ class SnapshotTest(ServerTest):
         self.tree = self.roots({'proc/sys/kernel/hostname': 'node\n'})
         self.run_state = agent.Run()
 
-    def snapshot(self, memory: agent.Memory, seconds: float = 0.5) -> agent.Part:
+    def snapshot(self, memory: agent.Memory, seconds: float = 0.5, backlog: Optional[agent.Backlog] = None) -> agent.Part:
         options = argparse.Namespace(main_loop_duration=seconds, top_n=1, cri_socket=self.socket)
-        part = agent.collect_snapshot(self.tree, options, memory, self.thread, self.run_state)
+        part = agent.collect_snapshot(self.tree, options, memory, self.thread, self.run_state, backlog)
         if part.after.pods.runtime:
             self.addCleanup(part.after.pods.runtime.channel.close)
         return part
@@ -2790,6 +3055,63 @@ class SnapshotTest(ServerTest):
         self.assertEqual(len(self.snapshot(part.after, 5).message.pod_metrics), 1)
         self.assertEqual(runtime.asked.count('Version'), 1)
 
+    def test_the_agent_tells_of_itself(self) -> None:
+        FakeRuntime(self, self.socket)
+        self.roots({'proc/meminfo': 'MemTotal'})
+        first = self.snapshot(agent.Memory(), 5)
+        backlog = agent.Backlog(600)
+        agent.add_snapshot(backlog, b'12345')
+        backlog.dropped['size'], backlog.connections, backlog.sent, backlog.acknowledged = 3, 5, 6, 7
+        backlog.last_acknowledged = time.monotonic() - 60
+        before = time.time_ns()
+        second = self.snapshot(first.after, 5, backlog).message.agent_metrics
+        self.assertTrue(before <= second.timestamp_ns <= time.time_ns())
+        one = first.message.agent_metrics
+        self.assertRegex(one.run_id, '^[0-9a-f]{16}$')
+        self.assertEqual(((one.sequence, second.sequence), one.run_id), ((1, 2), second.run_id))
+        self.assertNotEqual(agent.Run().run_id, one.run_id)
+        self.assertEqual((one.cycles_total, one.HasField('collection_seconds'), one.HasField('backlog')), (0, False, False))
+        self.assertEqual((second.version, second.cycles_total, second.skipped_ticks_total, dict(second.failures_total)), (
+            agent.__version__, 1, 0, {'memory': 1}))
+        self.assertTrue(0 < second.collection_seconds < 5 and 0 < second.uptime_seconds < 60)
+        self.assertAlmostEqual(second.cpu_seconds_total, time.process_time(), delta=5)
+        self.assertAlmostEqual(second.threads, len(os.listdir('/proc/self/task')), delta=3)
+        self.assertAlmostEqual(second.open_files, len(os.listdir('/proc/self/fd')), delta=3)
+        self.assertTrue(1 << 20 < second.resident_bytes < 1 << 30)
+        calls = {call.method: call for call in second.cri_methods}
+        self.assertEqual({method: (call.calls_total, call.failures_total) for method, call in calls.items()}, {
+            'Version': (1, 0), 'ListPodSandbox': (2, 0), 'ListContainers': (2, 0), 'ListContainerStats': (2, 0)})
+        self.assertTrue(all(0 < call.last_seconds <= call.seconds_total for call in calls.values()))
+        queue = second.backlog
+        self.assertEqual((queue.snapshots, queue.memory_bytes, queue.spool_bytes, queue.sent_total, queue.acknowledged_total,
+                          dict(queue.dropped_total), queue.reconnects_total), (1, 5, 0, 6, 7, {'size': 3}, 4))
+        self.assertAlmostEqual(queue.seconds_since_acknowledgement, 60, delta=5)
+
+    def test_calls_that_fail_are_counted(self) -> None:
+        FakeRuntime(self, self.socket, ListContainerStats=grpc.StatusCode.UNKNOWN)
+        part = self.snapshot(self.snapshot(agent.Memory(), 5).after, 5)
+        call = next(call for call in part.message.agent_metrics.cri_methods if call.method == 'ListContainerStats')
+        self.assertEqual((call.calls_total, call.failures_total), (4, 4))
+        self.assertEqual(self.run_state.failures['container statistics'], 2)
+
+    def test_clock_steps_change_nothing_but_the_timestamp(self) -> None:
+        """A year back, then 30 years on: the snapshots come, the backlog keeps them, and their durations are real."""
+        FakeRuntime(self, self.socket)
+        part, backlog, clock = self.snapshot(agent.Memory(), 5), agent.Backlog(600), time.time
+        for years in (-1, 30):
+            shift = years * 365 * 86400
+            # The agent's clock alone: grpc's would not agree with the one of its core.
+            stepped = types.SimpleNamespace(**{**vars(time), 'time': lambda: clock() + shift,
+                                               'time_ns': lambda: int((clock() + shift) * 1e9)})
+            with mock.patch.object(agent, 'time', stepped):
+                part = self.snapshot(part.after, 5, backlog)
+                self.assertAlmostEqual(part.message.timestamp, clock() + shift, delta=5)
+                self.assertEqual((len(part.message.pod_metrics), agent.add_snapshot(backlog, b'x')), (1, {}))
+                self.assertEqual({subject for subject in part.failures if 'container' in subject}, set())
+            self.assertTrue(0 < self.run_state.collection_seconds < 5)
+            self.assertTrue(0 < part.message.agent_metrics.uptime_seconds < 60)
+        self.assertEqual((len(backlog.snapshots), backlog.dropped), (2, {}))
+
     def test_a_trouble_is_logged_when_it_begins_and_when_it_ends(self) -> None:
         with self.assertLogs('kubensage-agent') as logged:
             for before, now in (({}, {'cpu': 'x'}), ({'cpu': 'x'}, {'cpu': 'y'}), ({'cpu': 'y'}, {})):
@@ -2798,9 +3120,253 @@ class SnapshotTest(ServerTest):
                          [('WARNING', 'cpu: x'), ('INFO', 'cpu: well again')])
 
 
+# --- spool
+
+class SpoolTest(ServerTest):
+    def setUp(self) -> None:
+        super().setUp()
+        self.spool = f'{self.directory}/spool'
+
+    def open(self, directory: Optional[str] = None, **settings: Any) -> agent.Backlog:
+        """The backlog of an agent that has just been started; `end` is its SIGKILL."""
+        directory = directory or self.spool
+        self.lock = agent.open_spool(directory)
+        self.addCleanup(self.end, self.lock)
+        backlog = agent.Backlog(settings.pop('retention_seconds', 600), spool=directory, **settings)
+        agent.load_spool(backlog)
+        return backlog
+
+    def end(self, lock: Optional[int] = None) -> None:
+        with contextlib.suppress(OSError):
+            os.close(self.lock if lock is None else lock)
+
+    def add(self, backlog: agent.Backlog, *texts: bytes) -> None:
+        for text in texts:
+            self.assertEqual(agent.add_snapshot(backlog, text), {})
+
+    def waiting(self, backlog: agent.Backlog) -> List[bytes]:
+        return [agent.load_snapshot(backlog, snapshot) for snapshot in list(backlog.snapshots)]
+
+    def damage(self, number: int, change: Callable[[bytes], bytes]) -> None:
+        path = agent.record_path(self.spool, number)
+        with open(path, 'rb') as file:
+            data = change(file.read())
+        with open(path, 'wb') as file:
+            file.write(data)
+
+    def test_what_was_not_acknowledged_is_there_after_a_restart_in_order_and_once(self) -> None:
+        backlog, texts = self.open(), [b'%d' % number * number for number in range(1, 21)]
+        self.add(backlog, *texts[:12])
+        agent.forget_snapshots(backlog, list(backlog.snapshots)[:5])
+        self.end()
+        backlog = self.open()
+        self.assertEqual(self.waiting(backlog), texts[5:12])
+        self.add(backlog, *texts[12:])
+        self.end()
+        backlog = self.open()
+        self.assertEqual((self.waiting(backlog), backlog.dropped, backlog.memory_bytes), (texts[5:], {}, 0))
+        agent.forget_snapshots(backlog, list(backlog.snapshots))
+        self.assertEqual((os.listdir(self.spool), backlog.spool_bytes), ([], 0))
+
+    def test_damaged_records_are_skipped_and_counted_and_the_rest_is_used(self) -> None:
+        self.add(self.open(), *(b'%d' % number * 100 for number in range(7)))
+        self.end()
+        self.damage(1, lambda data: data[:-50])
+        self.damage(2, lambda data: data[:20])
+        self.damage(3, lambda data: b'')
+        self.damage(4, lambda data: data[:-10] + b'?' + data[-9:])
+        self.damage(5, lambda data: data[:20] + b'?' + data[21:])
+        os.unlink(agent.record_path(self.spool, 6))
+        os.mkdir(agent.record_path(self.spool, 6))
+        with self.assertLogs('kubensage-agent', 'WARNING') as logged:
+            backlog = self.open()
+        self.assertEqual((self.waiting(backlog), backlog.dropped), ([b'6' * 100], {'damaged': 6}))
+        self.assertEqual(len(logged.output), 1)
+        self.assertIn('0000000000000001.snapshot: record: torn: ', logged.output[0])
+
+    def test_a_record_spoiled_while_it_waits_is_dropped_and_counted_once(self) -> None:
+        backlog = self.open()
+        self.add(backlog, b'1' * 100, b'2' * 100, b'3' * 100)
+        self.damage(1, lambda data: data[:-1])
+        os.unlink(agent.record_path(self.spool, 3))
+        with self.assertLogs('kubensage-agent', 'WARNING') as logged:
+            self.assertEqual(self.waiting(backlog), [None, b'2' * 100, None])
+        self.assertEqual((self.waiting(backlog), backlog.dropped, len(logged.output)), ([b'2' * 100], {'damaged': 2}, 2))
+        self.assertEqual(backlog.spool_bytes, agent.BLOCK_BYTES)
+
+    def test_foreign_files_stay_and_are_not_read(self) -> None:
+        names = ['note.txt', '1.snapshot', '00000000000000\u0661\u0661.snapshot', '0000000000000009.snapshot~']
+        os.mkdir(self.spool)
+        for name in names:
+            with open(f'{self.spool}/{name}', 'w', encoding='utf-8') as file:
+                file.write('mine')
+        backlog = self.open()
+        self.add(backlog, b'x')
+        agent.forget_snapshots(backlog, list(backlog.snapshots))
+        self.assertEqual(sorted(os.listdir(self.spool)), sorted(names))
+
+    def test_age_is_of_the_monotonic_clock_and_of_the_wall_clock_after_another_boot(self) -> None:
+        header = agent.Record(b'KSR1', 0, 0, monotonic=1000, wall=5000, boot_id=b'this')
+        for boot_id, monotonic, wall, age in ((b'this', 1060, 9e9, 60), (b'this', 1060, 0, 60), (b'other', 7, 5090, 90),
+                                              (b'other', 7, 0, 0), (b'this', 900, 5000, 0)):
+            with self.subTest(boot_id=boot_id, wall=wall):
+                self.assertEqual(agent.record_age(header, boot_id, monotonic, wall), age)
+
+    def test_records_of_another_boot_wait_as_long_as_the_wall_clock_says(self) -> None:
+        os.mkdir(self.spool)
+        for number, age in ((1, 700), (2, 500)):
+            header = agent.Record(b'KSR1', 3, 3, 10**9, time.time() - age, b'another'.ljust(36))
+            agent.write_record(self.spool, number, header, b'%3d' % age)
+        backlog = self.open(retention_seconds=600)
+        self.assertEqual(list(agent.drop_excess(backlog, time.monotonic())), ['backlog'])
+        self.assertEqual((self.waiting(backlog), backlog.dropped), ([b'500'], {'retention': 1}))
+        self.assertEqual(os.listdir(self.spool), [agent.record_name(2)])
+
+    def test_bytes_on_disk_are_bounded_and_the_oldest_go(self) -> None:
+        backlog, data = self.open(spool_max_bytes=5 * agent.BLOCK_BYTES), random.Random(1)
+        texts = [bytes([number]) + data.getrandbits(8 * 4000).to_bytes(4000, 'big') for number in range(12)]
+        failures = [agent.add_snapshot(backlog, text) for text in texts]
+        self.assertEqual(failures[:5] + [list(failure) for failure in failures[5:]], [{}] * 5 + [['backlog size']] * 7)
+        self.assertEqual((self.waiting(backlog), backlog.dropped), (texts[7:], {'size': 7}))
+        self.assertEqual(sum(os.stat(f'{self.spool}/{name}').st_blocks for name in os.listdir(self.spool)) * 512,
+                         backlog.spool_bytes)
+
+    def test_what_waits_in_the_spool_takes_no_memory(self) -> None:
+        backlog = self.open()
+        self.add(backlog, *(b'%d' % number * 1000 for number in range(20)))
+        self.assertEqual((backlog.memory_bytes, backlog.reference, {snapshot.stored for snapshot in backlog.snapshots}),
+                         (0, None, {None}))
+
+    @unittest.skipUnless(os.geteuid() == 0, 'a full file system is one that is mounted for the test')
+    def test_a_full_disk_falls_back_to_memory_with_one_warning_and_recovers(self) -> None:
+        os.mkdir(f'{self.directory}/disk')
+        subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=64k', 'full', f'{self.directory}/disk'], check=True)
+        self.addCleanup(subprocess.run, ['umount', f'{self.directory}/disk'], check=True)
+        backlog, chance = self.open(f'{self.directory}/disk/spool'), random.Random(1)
+        texts = [chance.getrandbits(8 * 12_000).to_bytes(12_000, 'big') for _ in range(12)]
+        troubles: Dict[str, str] = {}
+        with self.assertLogs('kubensage-agent') as logged:
+            for number, text in enumerate(texts):
+                if number == 9:
+                    os.unlink(f'{self.directory}/disk/other') if os.path.exists(f'{self.directory}/disk/other') else None
+                    agent.forget_snapshots(backlog, list(backlog.snapshots)[:3])
+                failures = agent.add_snapshot(backlog, text)
+                agent.log_changes(troubles, failures)
+                troubles = failures
+        self.assertEqual([record.levelname for record in logged.records], ['WARNING', 'INFO'])
+        self.assertRegex(logged.output[0], 'spool: .*/disk/spool cannot be written .No space left on device.: keeping')
+        self.assertEqual(self.waiting(backlog), texts[3:])
+        self.assertTrue(backlog.memory_bytes and backlog.spool_bytes)
+        self.assertEqual(backlog.snapshots[-1].stored, None)
+        self.end()
+
+    def test_memory_that_is_full_does_not_cost_what_is_in_the_spool(self) -> None:
+        backlog = self.open(max_bytes=2500)
+        self.add(backlog, b'1', b'2')
+        with mock.patch.object(agent, 'write_record', mock.Mock(side_effect=OSError(errno.EIO, 'bad'))):
+            chance = random.Random(1)
+            texts = [chance.getrandbits(8 * 1000).to_bytes(1000, 'big') for _ in range(5)]
+            for text in texts:
+                self.assertIn('spool', agent.add_snapshot(backlog, text))
+        self.assertEqual((self.waiting(backlog), backlog.dropped), ([b'1', b'2', *texts[3:]], {'size': 3}))
+
+    def test_directory_is_this_users_alone(self) -> None:
+        os.mkdir(self.spool, 0o755)
+        self.add(self.open(), b'x')
+        self.assertEqual(stat.S_IMODE(os.stat(self.spool).st_mode), 0o700)
+        self.assertEqual(stat.S_IMODE(os.stat(agent.record_path(self.spool, 1)).st_mode), 0o600)
+
+    def refusal(self, directory: str) -> str:
+        """The one line in which a spool is refused; the backlog is then in memory."""
+        options = agent.parse_options(['--spool-dir', directory], {})
+        with self.assertLogs('kubensage-agent') as logged, mock.patch.object(agent, 'SPOOL_PATIENCE_SECONDS', 0):
+            self.assertIsNone(agent.backlog_from(options).spool)
+        self.assertEqual(len(logged.output), 1)
+        self.assertIn('keeping snapshots in memory', logged.output[0])
+        return logged.output[0]
+
+    def test_a_directory_that_others_could_exchange_is_refused(self) -> None:
+        for name in ('mine', 'open', 'theirs'):
+            os.mkdir(f'{self.directory}/{name}')
+        os.symlink(f'{self.directory}/mine', f'{self.directory}/link')
+        os.chmod(f'{self.directory}/open', 0o777)
+        self.assertIn('/link is a symbolic link', self.refusal(f'{self.directory}/link'))
+        self.assertIn('/link is a symbolic link', self.refusal(f'{self.directory}/link/below'))
+        self.assertIn('/open is writable by others', self.refusal(f'{self.directory}/open/below'))
+        self.assertIn('Not a directory', self.refusal(f'{self.roots({"file": ""}).rootfs}/file/below'))
+        if os.geteuid() == 0:
+            os.chown(f'{self.directory}/theirs', 12345, 0)
+            self.assertIn('/theirs belongs to user 12345', self.refusal(f'{self.directory}/theirs'))
+
+    def test_two_agents_do_not_share_a_spool(self) -> None:
+        self.open()
+        self.assertIn('/spool is in use by another agent', self.refusal(self.spool))
+        self.end()
+        self.open()
+
+
+# --- backlog in memory
+
+class MemoryBacklogTest(unittest.TestCase):
+    def snapshots(self, count: int) -> List[bytes]:
+        """Of a node of 100 containers: random ids that stay, among counters that grow."""
+        chance = random.Random(1)
+        ids = [f'{chance.getrandbits(256):064x}' for _ in range(100)]
+        return [wire.Metrics(timestamp=number, pod_metrics=[wire.PodMetrics(id='pod', container_metrics=[
+            wire.ContainerMetrics(id=name, name='app', image=f'registry/{name[:20]}', created_at=int(name[:15], 16),
+                                  memory_metrics=wire.MemoryMetrics(timestamp=number * 10**9 + chance.getrandbits(27)))
+            for name in ids[number % 3:]])]).SerializeToString() for number in range(count)]
+
+    def test_what_is_compressed_is_given_back_as_it_was(self) -> None:
+        chance = random.Random(2)
+        base = chance.getrandbits(8 * 100_000).to_bytes(100_000, 'big')
+        texts = self.snapshots(100) + [b''] + [base[chance.randrange(5):chance.choice((3, 16_384, 16_385, 90_000))] for _ in range(99)]
+        backlog = agent.Backlog(600)
+        for text in texts:
+            self.assertEqual(agent.add_snapshot(backlog, text), {})
+        while len(backlog.snapshots) > 1:
+            loaded = [agent.load_snapshot(backlog, snapshot) for snapshot in backlog.snapshots]
+            self.assertEqual(loaded, texts[-len(loaded):])
+            agent.forget_snapshots(backlog, list(backlog.snapshots)[:29])
+
+    def test_what_is_the_same_in_each_snapshot_is_stored_once_in_a_while(self) -> None:
+        backlog, texts = agent.Backlog(600), self.snapshots(96)
+        for text in texts:
+            agent.add_snapshot(backlog, text)
+        self.assertLess(backlog.memory_bytes, sum(map(len, texts)) / 9)
+        self.assertEqual(backlog.memory_bytes, sum(len(snapshot.stored) for snapshot in backlog.snapshots))
+        self.assertLess(backlog.memory_bytes, sum(len(zlib.compress(text)) for text in texts) / 3)
+
+    def test_bytes_in_memory_are_bounded_and_the_oldest_go(self) -> None:
+        backlog, texts = agent.Backlog(600, max_bytes=50_000), self.snapshots(80)
+        failures = [agent.add_snapshot(backlog, text) for text in texts]
+        self.assertEqual(failures[0], {})
+        self.assertEqual(list(failures[-1]), ['backlog size'])
+        self.assertLessEqual(backlog.memory_bytes, 50_000)
+        kept = [agent.load_snapshot(backlog, snapshot) for snapshot in backlog.snapshots]
+        self.assertGreater(len(kept), 10)
+        self.assertEqual((kept, backlog.dropped), (texts[-len(kept):], {'size': 80 - len(kept)}))
+        # Beside what is waiting, at most one reference is held for those that wait.
+        held = {id(snapshot.reference): snapshot.reference for snapshot in backlog.snapshots if snapshot.reference}
+        self.assertLessEqual(sum(reference not in backlog.snapshots for reference in held.values()), 1)
+
+    def test_a_snapshot_larger_than_the_backlog_is_dropped_alone(self) -> None:
+        backlog = agent.Backlog(600, max_bytes=100)
+        self.assertEqual(list(agent.add_snapshot(backlog, os.urandom(1000))), ['backlog size'])
+        self.assertEqual((agent.add_snapshot(backlog, b'x'), len(backlog.snapshots)), ({}, 1))
+
+    def test_spoiled_bytes_are_an_error_and_not_a_wrong_snapshot(self) -> None:
+        backlog = agent.Backlog(600)
+        for text in self.snapshots(3):
+            agent.add_snapshot(backlog, text)
+        for snapshot in list(backlog.snapshots)[1:]:
+            with self.assertRaises(ValueError):
+                agent.plain(b'garbage', snapshot)
+
+
 # --- backlog and relay
 
-class DeliveryTest(ServerTest):
+class RelayTest(ServerTest):
     def setUp(self) -> None:
         """A pause after a failure is announced in `pauses`, and very short."""
         super().setUp()
@@ -2818,8 +3384,8 @@ class DeliveryTest(ServerTest):
         for timestamp in timestamps:
             self.assertEqual(agent.add_snapshot(backlog, wire.Metrics(timestamp=timestamp).SerializeToString()), {})
 
-    def deliver(self, backlog: agent.Backlog, address: str) -> threading.Thread:
-        sender = agent.start_delivery(backlog, agent.Relay(address))
+    def deliver(self, backlog: agent.Backlog, address: str, **settings: Any) -> threading.Thread:
+        sender = agent.start_delivery(backlog, agent.Relay(address, **settings))
         self.addCleanup(agent.close_backlog, backlog, sender, 0.1)
         return sender
 
@@ -2829,6 +3395,8 @@ class DeliveryTest(ServerTest):
         self.assertFalse(sender.is_alive())
         return left
 
+
+class DeliveryTest(RelayTest):
     def test_what_is_acknowledged_is_sent_once_and_in_order(self) -> None:
         relay, backlog = FakeRelay(self), self.backlog(1, 2, 3)
         sender = self.deliver(backlog, relay.address)
@@ -2863,6 +3431,18 @@ class DeliveryTest(ServerTest):
                 sender = self.deliver(backlog, relay.address)
                 self.assertEqual(relay.next_streams(3), [arrived, arrived, [1, 2, 3]])
                 self.assertEqual((self.drain(backlog, sender), backlog.dropped), (0, {}))
+
+    def test_an_answer_before_the_end_of_the_stream_acknowledges_nothing(self) -> None:
+        """Of snapshots so large that the relay's window holds but one."""
+        relay, backlog = FakeRelay(self, answer_early), agent.Backlog(600)
+        for number in range(1, 4):
+            pod = wire.PodMetrics(id=f'{number}' * (2 << 20))
+            agent.add_snapshot(backlog, wire.Metrics(timestamp=number, pod_metrics=[pod]).SerializeToString())
+        with mock.patch.object(agent, 'MAX_STREAM_BYTES', 1 << 30):
+            sender = self.deliver(backlog, relay.address)
+            self.assertEqual(relay.next_streams(2), [[1], [1, 2, 3]])
+            self.assertEqual(self.drain(backlog, sender), 0)
+        self.assertEqual((backlog.acknowledged, backlog.dropped), (3, {}))
 
     def test_a_relay_that_hangs_is_left_at_the_deadline_and_gets_less_at_once(self) -> None:
         relay, backlog = FakeRelay(self), self.backlog(*range(1, 121))
@@ -3033,6 +3613,262 @@ class BackoffTest(unittest.TestCase):
                 self.assertTrue(longest * 0.4 < max(pauses) <= longest)
 
 
+# --- TLS
+
+def openssl(directory: str, *arguments: str) -> None:
+    subprocess.run(['openssl', *arguments], cwd=directory, check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                   stderr=subprocess.DEVNULL)
+
+
+def make_certificate(directory: str, name: str, issuer: str = '', names: str = '', days: int = 2) -> None:
+    """NAME.pem and NAME.key; without an issuer, its own."""
+    key = ('-newkey', 'ec', '-pkeyopt', 'ec_paramgen_curve:P-256', '-nodes', '-keyout', f'{name}.key', '-subj', f'/CN={name}')
+    if not issuer:
+        return openssl(directory, 'req', '-x509', *key, '-days', str(days), '-out', f'{name}.pem')
+    openssl(directory, 'req', '-new', *key, '-out', f'{name}.csr')
+    with open(f'{directory}/{name}.ext', 'w', encoding='utf-8') as file:
+        file.write(f'subjectAltName={names}\n' if names else '')
+    return openssl(directory, 'x509', '-req', '-in', f'{name}.csr', '-CA', f'{issuer}.pem', '-CAkey', f'{issuer}.key',
+                   '-set_serial', str(hash(name) % 10**9), '-days', str(days), '-extfile', f'{name}.ext', '-out', f'{name}.pem')
+
+
+class TlsTest(RelayTest):
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.certificates = tempfile.mkdtemp()
+        cls.addClassCleanup(shutil.rmtree, cls.certificates)
+        for name in ('ca', 'other-ca'):
+            make_certificate(cls.certificates, name)
+        for name, issuer, names, days in (
+                ('relay', 'ca', 'IP:127.0.0.1,DNS:localhost', 2), ('named', 'ca', 'DNS:relay.example', 2),
+                ('expired', 'ca', 'IP:127.0.0.1', -1), ('agent', 'ca', '', 2), ('agent-2', 'ca', '', 2),
+                ('stranger', 'other-ca', '', 2), ('expired-agent', 'ca', '', -1)):
+            make_certificate(cls.certificates, name, issuer, names, days)
+        with open(f'{cls.certificates}/garbage', 'w', encoding='utf-8') as file:
+            file.write('garbage')
+
+    def path(self, name: str) -> str:
+        return f'{self.certificates}/{name}'
+
+    def read(self, name: str) -> bytes:
+        with open(self.path(name), 'rb') as file:
+            return file.read()
+
+    def relay(self, name: str = 'relay', mutual: bool = False, **settings: Any) -> FakeRelay:
+        """A relay with this certificate; it tells in `peers` who has spoken to it, and with which token."""
+        credentials = grpc.ssl_server_credentials([(self.read(f'{name}.key'), self.read(f'{name}.pem'))],
+                                                  self.read('ca.pem') if mutual else None, mutual)
+        relay = FakeRelay(self, credentials=credentials, usual=self.note_and_acknowledge, **settings)
+        return relay
+
+    def note_and_acknowledge(self, messages: Iterator[wire.Metrics], context: grpc.ServicerContext) -> Iterator[bytes]:
+        self.peers.put((context.auth_context().get('x509_common_name', [b''])[0].decode(),
+                        dict(context.invocation_metadata()).get('authorization')))
+        return acknowledge(messages, context)
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.peers: queue.Queue[Tuple[str, Optional[str]]] = queue.Queue()
+
+    def copy(self, name: str, to: str) -> str:
+        """A file of its own, put in place as a whole."""
+        path = f'{self.directory}/{to}'
+        shutil.copy(self.path(name), f'{path}.new')
+        os.chmod(f'{path}.new', 0o600)
+        os.rename(f'{path}.new', path)
+        return path
+
+    def trouble(self, address: str, **settings: Any) -> str:
+        """The one warning about a relay to which nothing gets through."""
+        backlog = self.backlog(1)
+        with self.assertLogs('kubensage-agent') as logged:
+            sender = self.deliver(backlog, address, tls=True, **settings)
+            for _ in range(3):
+                self.pauses.get(timeout=PATIENCE_SECONDS)
+            self.assertEqual(self.drain(backlog, sender), 1)
+        self.assertEqual(len(logged.output), 1, logged.output)
+        self.assertNotIn('PRIVATE KEY', logged.output[0])
+        return logged.output[0]
+
+    def test_both_sides_show_certificates_and_the_agent_a_token(self) -> None:
+        self.roots({'token': 's3cret\n'})
+        relay, backlog = self.relay(mutual=True), self.backlog(1, 2)
+        sender = self.deliver(backlog, relay.address, tls=True, ca=self.path('ca.pem'), cert=self.path('agent.pem'),
+                              key=self.path('agent.key'), token_file=f'{self.directory}/token')
+        self.assertEqual(relay.next_streams(1), [[1, 2]])
+        self.assertEqual(self.peers.get(timeout=PATIENCE_SECONDS), ('agent', 'Bearer s3cret'))
+        self.assertEqual(self.drain(backlog, sender), 0)
+
+    def test_another_name_in_the_certificate_may_be_given(self) -> None:
+        relay, backlog = self.relay('named'), self.backlog(1)
+        self.deliver(backlog, relay.address, tls=True, ca=self.path('ca.pem'), server_name='relay.example')
+        self.assertEqual(relay.next_streams(1), [[1]])
+
+    def test_the_roots_of_the_system_are_trusted_without_a_ca(self) -> None:
+        with mock.patch.dict(os.environ, SSL_CERT_FILE=self.path('ca.pem')):
+            relay, backlog = self.relay(), self.backlog(1)
+            self.deliver(backlog, relay.address, tls=True)
+            self.assertEqual(relay.next_streams(1), [[1]])
+        with mock.patch.dict(os.environ, SSL_CERT_FILE=self.path('other-ca.pem')):
+            self.assertIn(f'checked against --relay-tls {self.path("other-ca.pem")}: ', self.trouble(relay.address))
+        with mock.patch.object(agent, 'SYSTEM_ROOTS', ('/no/roots.pem',)), mock.patch.dict(os.environ, SSL_CERT_FILE=''):
+            self.assertIn('--relay-tls: no roots of the system at /no/roots.pem', self.trouble(relay.address))
+
+    def test_a_certificate_that_is_not_to_be_trusted_is_one_line_with_file_and_reason(self) -> None:
+        checked = f"the relay's certificate, checked against --relay-ca {self.path('ca.pem')}: "
+        for what, name, ca, expected in (
+                ('wrong CA', 'relay', 'other-ca.pem', f'--relay-ca {self.path("other-ca.pem")}: unable to get local issuer certificate'),
+                ('wrong name', 'named', 'ca.pem', checked + "IP address mismatch, certificate is not valid for '127.0.0.1'"),
+                ('expired', 'expired', 'ca.pem', checked + 'certificate has expired')):
+            with self.subTest(what):
+                self.assertIn(expected, self.trouble(self.relay(name).address, ca=self.path(ca)))
+
+    def test_a_file_that_does_not_do_is_one_line_with_file_and_reason(self) -> None:
+        relay, path = self.relay(), self.path
+        good = dict(ca=path('ca.pem'), cert=path('agent.pem'), key=path('agent.key'))
+        self.roots({'token': 'two\nlines', 'empty': ''})
+        for what, files, expected in (
+                ('missing CA', {'ca': path('none.pem')}, f'--relay-ca {path("none.pem")}: No such file or directory'),
+                ('missing certificate', {'cert': path('none.pem')}, f'--relay-cert {path("none.pem")}: No such file or directory'),
+                ('missing key', {'key': path('none.key')}, f'--relay-key {path("none.key")}: No such file or directory'),
+                ('CA is no certificate', {'ca': path('garbage')}, f'--relay-ca {path("garbage")}: holds no certificate in PEM format'),
+                ('certificate is none', {'cert': path('garbage')}, f'--relay-cert {path("garbage")}, --relay-key {path("agent.key")}: not a'),
+                ('key of another', {'key': path('agent-2.key')}, f'--relay-key {path("agent-2.key")}: the key is not that of'),
+                ('missing token', {'token_file': path('none')}, f'--relay-token-file {path("none")}: No such file or directory'),
+                ('no token', {'token_file': f'{self.directory}/empty'}, f'--relay-token-file {self.directory}/empty: holds no token'),
+                ('two tokens', {'token_file': f'{self.directory}/token'}, f'--relay-token-file {self.directory}/token: holds no token')):
+            with self.subTest(what):
+                line = self.trouble(relay.address, **{**good, **files})
+                self.assertIn(f'relay {relay.address}: not connected: --relay-', line)
+                self.assertIn(expected, line)
+
+    def test_a_relay_that_hangs_up_on_our_certificate_is_one_line(self) -> None:
+        """As gRPC's C core does."""
+        relay = self.relay(mutual=True)
+        for name in ('', 'stranger', 'expired-agent'):
+            with self.subTest(name):
+                files = dict(cert=self.path(f'{name}.pem'), key=self.path(f'{name}.key')) if name else {}
+                about = f' (--relay-cert {self.path(name)}.pem)' if name else ' (no --relay-cert was given)'
+                self.assertIn(f'the relay hangs up after the TLS handshake{about}', self.trouble(
+                    relay.address, ca=self.path('ca.pem'), **files))
+
+    def test_what_the_relay_says_of_our_certificate_is_the_reason(self) -> None:
+        """As Go does, and OpenSSL."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.verify_mode = ssl.CERT_REQUIRED
+        context.load_verify_locations(self.path('ca.pem'))
+        context.load_cert_chain(self.path('relay.pem'), self.path('relay.key'))
+
+        def answer_once(listener: socket.socket) -> None:
+            with contextlib.suppress(OSError), context.wrap_socket(listener.accept()[0], server_side=True) as connection:
+                connection.recv(1)
+
+        for name, expected in (('', r'certificate required \(no --relay-cert was given\)'),
+                               ('stranger', r'unknown ca \(--relay-cert .*/stranger.pem\)'),
+                               ('expired-agent', r'certificate expired \(--relay-cert .*/expired-agent.pem\)')):
+            with self.subTest(name), contextlib.closing(socket.create_server(('127.0.0.1', 0))) as listener:
+                files = dict(cert=self.path(f'{name}.pem'), key=self.path(f'{name}.key')) if name else {}
+                thread = threading.Thread(target=answer_once, args=(listener,))
+                thread.start()
+                self.assertRegex(agent.explain_tls(agent.Relay('{}:{}'.format(*listener.getsockname()), True,
+                                                               ca=self.path('ca.pem'), **files)) or '', expected)
+                thread.join(PATIENCE_SECONDS)
+
+    def test_a_relay_that_speaks_no_tls_is_one_line(self) -> None:
+        self.assertIn('it does not seem to speak TLS', self.trouble(FakeRelay(self).address, ca=self.path('ca.pem')))
+
+    def test_certificate_and_token_are_rotated_without_a_restart(self) -> None:
+        self.roots({'token': 'one\n'})
+        files = dict(cert=self.copy('stranger.pem', 'cert'), key=self.copy('stranger.key', 'key'))
+        relay, backlog = self.relay(mutual=True), self.backlog(1)
+        sender = self.deliver(backlog, relay.address, tls=True, ca=self.path('ca.pem'), token_file=f'{self.directory}/token', **files)
+        self.pauses.get(timeout=PATIENCE_SECONDS)
+        for number, (name, token) in enumerate((('agent', 'one'), ('agent-2', 'one'), ('agent-2', 'two'))):
+            self.copy(f'{name}.key', 'key')
+            self.copy(f'{name}.pem', 'cert')
+            self.roots({'token': f'{token}\n'})
+            if number:
+                self.add(backlog, number + 1)
+            self.assertEqual(self.peers.get(timeout=PATIENCE_SECONDS), (name, f'Bearer {token}'))
+            self.assertEqual(relay.next_streams(1), [[number + 1]])
+        connections = backlog.connections
+        self.add(backlog, 4)
+        relay.next_streams(1)
+        self.assertEqual((self.drain(backlog, sender), backlog.connections), (0, connections))
+
+    def test_another_trouble_during_an_outage_is_told_as_well(self) -> None:
+        backlog, path = self.backlog(1), f'{self.directory}/ca'
+        with self.assertLogs('kubensage-agent') as logged:
+            sender = self.deliver(backlog, self.relay().address, tls=True, ca=path)
+            self.pauses.get(timeout=PATIENCE_SECONDS)
+            self.copy('other-ca.pem', 'ca')
+            while len(logged.output) < 2:
+                self.pauses.get(timeout=PATIENCE_SECONDS)
+            self.copy('ca.pem', 'ca')
+            while backlog.snapshots:
+                backlog.closing.wait(0.01)
+            self.drain(backlog, sender)
+        self.assertEqual([record.levelname for record in logged.records], ['WARNING', 'WARNING', 'INFO'])
+        self.assertIn('No such file', logged.output[0])
+        self.assertIn('unable to get local issuer', logged.output[1])
+
+    def test_options_that_do_not_go_together_end_it_with_2(self) -> None:
+        for arguments, expected in (
+                (['--relay-token-file', '/t'], '--relay-token-file needs TLS: --relay-tls, or --relay-ca FILE'),
+                (['--relay-server-name', 'x'], '--relay-server-name needs TLS'),
+                (['--relay-cert', '/c', '--relay-tls'], '--relay-cert and --relay-key go together'),
+                (['--relay-key', '/k'], '--relay-cert and --relay-key go together')):
+            with self.subTest(arguments), self.assertRaises(SystemExit) as ended, \
+                    contextlib.redirect_stderr(io.StringIO()) as err:
+                agent.parse_options(['--relay-address', 'relay:1', *arguments], {})
+            self.assertEqual(ended.exception.code, 2)
+            self.assertIn(expected, err.getvalue())
+        for arguments, expected in (([], False), (['--relay-tls'], True), (['--relay-ca', '/c'], True),
+                                    (['--relay-cert', '/c', '--relay-key', '/k'], True)):
+            self.assertEqual(agent.parse_options(arguments, {}).relay_tls, expected)
+
+    def exposure(self, relay: agent.Relay) -> List[str]:
+        log = logging.getLogger('kubensage-agent')
+        with self.assertLogs(log) as logged:
+            log.info('at least one line')
+            agent.log_exposure(relay)
+        return logged.output[1:]
+
+    def test_a_secret_that_others_can_read_is_a_warning(self) -> None:
+        key, token = self.copy('agent.key', 'key'), self.copy('garbage', 'token')
+        relay = agent.Relay('192.0.2.1:1', True, key=key, token_file=token)
+        self.assertEqual(self.exposure(relay), [])
+        for path in (key, token):
+            os.chmod(path, 0o640)
+        self.assertEqual(self.exposure(relay), [
+            f'WARNING:kubensage-agent:{path} can be read by other users: `chmod go-r {path}` mends it' for path in (key, token)])
+
+    def test_plain_text_is_a_warning_unless_it_stays_on_the_machine(self) -> None:
+        for address, warned in (('127.0.0.1:1', False), ('localhost:1', False), ('[::1]:1', False), ('10.0.0.1:1', True),
+                                ('relay:1', True), ('localhost.example:1', True), ('127.0.0.1.example:1', True)):
+            with self.subTest(address):
+                lines = self.exposure(agent.Relay(address))
+                self.assertEqual(len(lines), warned, lines)
+                self.assertEqual(self.exposure(agent.Relay(address, tls=True)), [])
+
+    def test_nothing_secret_is_logged_or_in_a_snapshot(self) -> None:
+        self.roots({'token': 's3cret-token\n'})
+        relay = self.relay(mutual=True)
+        relay.script.append(refuse)
+        process = self.start_agent(
+            '--relay-address', relay.address, '--relay-ca', self.path('ca.pem'), '--relay-cert', self.path('agent.pem'),
+            '--relay-key', self.copy('agent.key', 'key'), '--relay-token-file', f'{self.directory}/token', '--once',
+            '--log-level', 'debug', '--cri-socket', self.socket)
+        out, troubles = self.troubles(process)
+        snapshot = relay.next_arrived(1)[0] if not relay.arrived.empty() else wire.Metrics()
+        key = self.read('agent.key').split(b'\n')[1].decode()
+        with open(f'{self.directory}/log', encoding='utf-8') as file:
+            everything = file.read() + out + ''.join(troubles) + str(snapshot)
+        self.assertIn('PERMISSION_DENIED', everything)
+        for secret in ('s3cret-token', key):
+            self.assertNotIn(secret, everything)
+
+
 # --- main loop
 
 class MainLoopTest(ServerTest):
@@ -3161,6 +3997,321 @@ class MainLoopTest(ServerTest):
         snapshot, = map(json.loads, out.splitlines())
         cpu = snapshot['pod_metrics'][0]['container_metrics'][0]['cpu_metrics']
         self.assertEqual(int(cpu['usage_nano_cores']), 6)
+
+
+class LoadTest(unittest.TestCase):
+    """The loop with a clock of its own: a cycle takes as long as the test says, and waiting takes no time."""
+
+    def run_loop(self, durations: Sequence[float]) -> Tuple[List[float], agent.Run, List[str]]:
+        """When each cycle began, in intervals; what the run counted; and the log."""
+        self.now, begun, runs, left = 100.0, [], [], collections.deque(durations)
+        under_way = []
+
+        def run_cycle(roots: Any, options: Any, memory: Any, thread: Any, run: agent.Run, backlog: Any) -> Any:
+            self.assertEqual(under_way, [])
+            under_way.append(run)
+            begun.append((self.now - 100) / 5)
+            runs.append(run)
+            self.now += left.popleft()
+            under_way.clear()
+            if self.now > 1000:
+                raise ZeroDivisionError
+            return memory, {}
+
+        def stopped_within(descriptor: int, seconds: float) -> bool:
+            self.now += max(0, seconds)
+            return not left
+
+        options = agent.parse_options([], {})
+        clock = types.SimpleNamespace(**{**vars(time), 'monotonic': lambda: self.now})
+        with self.assertLogs('kubensage-agent', 'DEBUG') as logged, mock.patch.multiple(
+                agent, run_cycle=run_cycle, stopped_within=stopped_within, time=clock, install_signals=lambda: 0):
+            logging.getLogger('kubensage-agent').debug('at least one line')
+            self.assertEqual(agent.run_loop(LIVE, options), 0)
+        return begun, runs[-1], logged.output[1:]
+
+    def test_cycles_that_take_long_skip_ticks_and_it_is_said_when_that_begins_and_ends(self) -> None:
+        begun, run, log = self.run_loop([1, 4.9, 6, 12, 17, 1, 1, 1])
+        self.assertEqual([round(tick) for tick in begun], [0, 1, 2, 4, 7, 11, 12, 13])
+        self.assertEqual(run.skipped_ticks, 1 + 2 + 3)
+        self.assertEqual(log, ['WARNING:kubensage-agent:pace: a cycle takes longer than 5 s: ticks are skipped',
+                               'INFO:kubensage-agent:pace: well again'])
+
+    def test_a_bug_costs_one_snapshot_and_is_logged_with_its_traceback(self) -> None:
+        begun, run, log = self.run_loop([1, 950, 1])
+        self.assertEqual((len(begun), run.failures['bug']), (3, 2))
+        self.assertIn('Traceback', log[0])
+
+
+class WatchdogTest(ServerTest):
+    def notify_socket(self, address: str) -> socket.socket:
+        notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.addCleanup(notify.close)
+        notify.bind(address)
+        notify.settimeout(PATIENCE_SECONDS)
+        return notify
+
+    def test_systemd_hears_of_each_cycle_and_of_the_end(self) -> None:
+        FakeRuntime(self, self.socket)
+        path = f'{self.directory}/notify'
+        notify, relay = self.notify_socket(path), FakeRelay(self)
+        process = self.start_agent('--cri-socket', self.socket, '--main-loop-duration', '0.1', '--relay-address', relay.address,
+                                   environment={'NOTIFY_SOCKET': path})
+        heard = [notify.recv(4096).decode() for _ in range(4)]
+        for number, message in enumerate(heard):
+            self.assertRegex(message, ('READY=1\n' if number == 0 else '^') +
+                             r'WATCHDOG=1\nSTATUS=1 pods, 1 containers, \d+ snapshots wait for the relay')
+        process.terminate()
+        while 'WATCHDOG' in heard[-1]:
+            heard.append(notify.recv(4096).decode())
+        self.assertEqual((heard[-1], sum('READY' in message for message in heard)), ('STOPPING=1', 1))
+        self.assertEqual(process.wait(PATIENCE_SECONDS), 0)
+
+    def test_the_watchdog_hears_nothing_of_cycles_that_do_not_complete(self) -> None:
+        path = f'{self.directory}/notify'
+        notify = self.notify_socket(path)
+        notify.setblocking(False)
+        arguments = LIVE, agent.parse_options([], {}), agent.Memory(), None, agent.Run(), None
+        with mock.patch.dict(os.environ, NOTIFY_SOCKET=path):
+            for broken in ('collect_snapshot', 'hand_over'):
+                with mock.patch.object(agent, 'collect_snapshot', lambda *arguments: agent.Part(wire.Metrics(), None, {})), \
+                        mock.patch.object(agent, broken, mock.Mock(side_effect=ZeroDivisionError)), \
+                        self.assertRaises(ZeroDivisionError):
+                    agent.run_cycle(*arguments)
+                self.assertRaises(BlockingIOError, notify.recv, 4096)
+
+    def test_an_abstract_socket_is_one_that_begins_with_an_at(self) -> None:
+        name = f'kubensage-{uuid.uuid4()}'
+        notify = self.notify_socket(f'\0{name}')
+        with mock.patch.dict(os.environ, NOTIFY_SOCKET=f'@{name}'):
+            agent.notify_systemd('WATCHDOG=1')
+        self.assertEqual(notify.recv(100), b'WATCHDOG=1')
+
+    def test_without_systemd_or_with_a_full_socket_nothing_happens(self) -> None:
+        path = f'{self.directory}/notify'
+        self.notify_socket(path)
+        for address, count in (('', 1), (f'{self.directory}/none', 1), (path, 2000)):
+            with mock.patch.dict(os.environ, NOTIFY_SOCKET=address):
+                for _ in range(count):
+                    agent.notify_systemd('WATCHDOG=1')
+
+    def test_the_status_is_one_line_whatever_the_troubles_are_called(self) -> None:
+        line = agent.status_line(wire.Metrics(), None, {'mount /a\nREADY=1': 'x', 'cpu': 'y'})
+        self.assertEqual(line, '0 pods, 0 containers; in trouble: cpu, mount /a?READY=1')
+
+
+# --- nothing grows
+
+class LeakTest(ServerTest):
+    """Many cycles in this process: the agent's threads and open files stay as many as they were."""
+
+    def used(self) -> Tuple[int, int]:
+        threads = [thread for thread in threading.enumerate() if not thread.name.startswith('ThreadPoolExecutor')]
+        return len(threads), len(os.listdir('/proc/self/fd'))
+
+    def check(self, relay: agent.Relay, backlog: agent.Backlog, cycles: int = 60, warm: int = 15) -> None:
+        FakeRuntime(self, self.socket)
+        options = agent.parse_options(['--cri-socket', self.socket], {})
+        memory, run, used = agent.Memory(), agent.Run(), []
+        with mock.patch.object(agent, 'backoff_seconds', lambda failures: 0.001), \
+                concurrent.futures.ThreadPoolExecutor(1, 'pods') as pods_thread:
+            sender = agent.start_delivery(backlog, relay)
+            for number in range(cycles):
+                memory, _ = agent.run_cycle(LIVE, options, memory, pods_thread, run, backlog)
+                # The asking thread of statvfs and a stream may be under way: what counts is what stays.
+                used += [self.used()] * (number >= warm)
+            agent.close_backlog(backlog, sender, PATIENCE_SECONDS)
+        memory.pods.runtime.channel.close()
+        quarter = len(used) // 4
+        for which in (0, 1):
+            self.assertLessEqual(min(row[which] for row in used[-quarter:]), max(row[which] for row in used[:quarter]))
+
+    def test_cycles_with_a_relay(self) -> None:
+        backlog = agent.Backlog(600)
+        self.check(agent.Relay(FakeRelay(self).address), backlog)
+        self.assertEqual(len(backlog.snapshots), 0)
+
+    def test_cycles_while_the_relay_is_down_with_a_spool(self) -> None:
+        os.mkdir(f'{self.directory}/spool')
+        with contextlib.closing(socket.socket()) as silent:
+            silent.bind(('127.0.0.1', 0))
+            backlog = agent.Backlog(600, spool=f'{self.directory}/spool')
+            self.check(agent.Relay('127.0.0.1:{1}'.format(*silent.getsockname())), backlog)
+        self.assertEqual((len(backlog.snapshots), backlog.memory_bytes), (60, 0))
+        self.assertGreater(backlog.connections, 20)
+
+
+# --- faults, all of them at once
+
+FAULT_SEED = 1
+
+
+def hold(file: int, messages: Iterable[wire.Metrics]) -> None:
+    """Write down a whole stream at once: a relay that is killed holds all of it or nothing."""
+    lines = [f'{metrics.agent_metrics.run_id} {metrics.agent_metrics.sequence} {metrics.agent_metrics.timestamp_ns}\n'
+             for metrics in messages]
+    os.write(file, ''.join(lines).encode())
+
+
+def play_relay(port: int, path: str, seed: Optional[int]) -> None:
+    """A relay, as a process to be killed. It holds what it has written to the file before it answered; with a seed,
+    it refuses, hesitates, cuts streams, and loses answers."""
+    chance, file = random.Random(seed), os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    troubles = ('none', 'none', 'none', 'refuse', 'cut', 'slow', 'answer lost', 'no answer') if seed else ('none',)
+
+    def behave(messages: Iterator[wire.Metrics], context: grpc.ServicerContext) -> Iterator[bytes]:
+        trouble = chance.choice(troubles)
+        if trouble == 'refuse':
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, 'too many streams')
+        if trouble == 'cut':
+            collections.deque(itertools.islice(messages, chance.randrange(5)), 0)
+            context.abort(grpc.StatusCode.UNAVAILABLE, 'cut')
+        arrived = list(messages)
+        if trouble == 'slow':
+            threading.Event().wait(chance.uniform(0, 1))
+        hold(file, arrived)
+        if trouble == 'answer lost':
+            context.abort(grpc.StatusCode.UNAVAILABLE, 'the answer is lost')
+        yield from () if trouble == 'no answer' else [b'']
+
+    FakeRelay(unittest.TestCase(), usual=behave, port=port).server.wait_for_termination()
+
+
+def play_runtime(path: str, seed: int) -> None:
+    """A runtime, as a process to be killed, which now and then is slow, fails, or talks nonsense."""
+    chance, runtime = random.Random(seed), FakeRuntime(unittest.TestCase(), path)
+    usual = runtime.answer
+
+    def answer(method: str, context: grpc.ServicerContext) -> bytes:
+        trouble = chance.random()
+        if trouble < 0.05:
+            threading.Event().wait(chance.uniform(0, 1))
+        elif trouble < 0.1:
+            context.abort(grpc.StatusCode.INTERNAL, 'bad luck')
+        return b'\xff\xff' if 0.1 < trouble < 0.12 else usual(method, context)
+
+    runtime.answer = answer
+    runtime.server.wait_for_termination()
+
+
+class FaultTest(ServerTest):
+    """What was taken, the agent tells on the watchdog's socket, a datagram a cycle; what arrived, the relay's file tells."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.chance, self.held, self.taken = random.Random(FAULT_SEED), f'{self.directory}/held', collections.Counter()
+        self.notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.addCleanup(self.notify.close)
+        self.notify.bind(f'{self.directory}/notify')
+        # Each datagram then comes with the process id of its sender.
+        self.notify.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        reserved = socket.socket()
+        self.addCleanup(reserved.close)
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        reserved.bind(('127.0.0.1', 0))
+        self.port = reserved.getsockname()[1]
+        self.log = self.enter(open(f'{self.directory}/stderr', 'w+', encoding='utf-8'))
+        # When each agent was started, by the clock of its snapshots, and its process id.
+        self.starts: List[Tuple[int, int]] = []
+
+    def enter(self, file: Any) -> Any:
+        self.addCleanup(file.close)
+        return file
+
+    def play(self, code: str) -> subprocess.Popen:
+        process = subprocess.Popen([sys.executable, '-c', f'import test_agent; test_agent.{code}'],
+                                   cwd=os.path.dirname(os.path.abspath(__file__)), stdin=subprocess.DEVNULL)
+        self.addCleanup(self.end, process)
+        return process
+
+    def start_relay(self, reliable: bool = False) -> subprocess.Popen:
+        return self.play(f'play_relay({self.port}, {self.held!r}, {None if reliable else self.chance.randrange(1, 10**6)})')
+
+    def start_runtime(self) -> subprocess.Popen:
+        return self.play(f'play_runtime({self.socket!r}, {self.chance.randrange(10**6)})')
+
+    def start_spooling_agent(self) -> subprocess.Popen:
+        started = time.time_ns()
+        process = self.start_agent(
+            '--cri-socket', self.socket, '--relay-address', f'127.0.0.1:{self.port}', '--main-loop-duration', '0.2',
+            '--spool-dir', f'{self.directory}/spool', stdout=subprocess.DEVNULL, stderr=self.log,
+            environment={'NOTIFY_SOCKET': f'{self.directory}/notify'})
+        self.starts.append((started, process.pid))
+        return process
+
+    def watch(self, seconds: float, enough: Callable[[], bool] = lambda: False) -> None:
+        """Count the snapshots taken, by process, for so long or until it is enough."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and not enough():
+            self.notify.settimeout(max(0.001, min(0.2, end - time.monotonic())))
+            with contextlib.suppress(socket.timeout):
+                text, ancillary, _, _ = self.notify.recvmsg(4096, socket.CMSG_SPACE(12))
+                pid, _, _ = struct.unpack('iii', ancillary[0][2])
+                self.taken[pid] += b'WATCHDOG=1' in text
+
+    def pause(self, process: subprocess.Popen) -> None:
+        process.send_signal(signal.SIGSTOP)
+        self.watch(self.chance.uniform(0.1, 1))
+        process.send_signal(signal.SIGCONT)
+
+    def make_trouble(self, seconds: float) -> Dict[str, subprocess.Popen]:
+        """All kinds of it in turns, in another order each turn; the processes that run at the end."""
+        start = {'relay': self.start_relay, 'runtime': self.start_runtime, 'agent': self.start_spooling_agent}
+        running = {name: start[name]() for name in start}
+        turn, end = [], time.monotonic() + seconds
+        while time.monotonic() < end:
+            turn = turn or self.chance.sample(['relay stops', 'runtime stops', 'relay dies', 'runtime dies', 'agent dies'], 5)
+            name, what = turn.pop().split()
+            self.watch(self.chance.uniform(0.1, 0.8))
+            if what == 'stops':
+                self.pause(running[name])
+                continue
+            self.end(running[name])
+            self.watch(self.chance.uniform(0, 0.5))
+            running[name] = start[name]()
+        return running
+
+    def calm_down(self, running: Dict[str, subprocess.Popen]) -> None:
+        """A relay that does its duty; the agent ends once it has taken one more snapshot, and delivers everything."""
+        self.end(running['relay'])
+        self.start_relay(reliable=True)
+        with contextlib.closing(socket.socket()) as probe:
+            wait_for('the relay', lambda: probe.connect_ex(('127.0.0.1', self.port)) == 0)
+        pid = running['agent'].pid
+        self.watch(PATIENCE_SECONDS, lambda: self.taken[pid] > 0)
+        running['agent'].terminate()
+        self.watch(PATIENCE_SECONDS, lambda: running['agent'].poll() is not None)
+        self.assertEqual(running['agent'].wait(PATIENCE_SECONDS), 0)
+        self.watch(0.1)
+
+    def read_held(self) -> Dict[str, Tuple[int, 'collections.Counter[int]']]:
+        """By run id: the time of its first snapshot, and how often the relay holds each sequence number."""
+        runs: Dict[str, Tuple[int, 'collections.Counter[int]']] = {}
+        with open(self.held, encoding='utf-8') as file:
+            for line in file:
+                run_id, sequence, timestamp_ns = line.split()
+                first, sequences = runs.get(run_id, (int(timestamp_ns), collections.Counter()))
+                sequences[int(sequence)] += 1
+                runs[run_id] = min(first, int(timestamp_ns)), sequences
+        return runs
+
+    def test_every_snapshot_taken_arrives_whatever_happens(self) -> None:
+        seconds = 120 if os.environ.get('KUBENSAGE_TEST_LONG') else 4
+        self.calm_down(self.make_trouble(seconds))
+        runs, missing, duplicates = self.read_held(), [], 0
+        for (started, pid), (next_start, _) in zip(self.starts, [*self.starts[1:], (time.time_ns(), 0)]):
+            of_this_start = [sequences for first, sequences in runs.values() if started <= first < next_start]
+            self.assertLessEqual(len(of_this_start), 1)
+            sequences = of_this_start[0] if of_this_start else collections.Counter()
+            missing += [(pid, sequence) for sequence in range(1, self.taken[pid] + 1) if not sequences[sequence]]
+            duplicates += sum(sequences.values()) - len(sequences)
+        sys.stderr.write(f'[{seconds} s of faults: {sum(self.taken.values())} snapshots by {len(self.starts)} agents, '
+                         f'{len(missing)} missing, {duplicates} came twice: the relay had them and did not say so] ')
+        self.assertEqual(missing, [])
+        self.assertGreater(sum(self.taken.values()), seconds)
+        self.assertEqual(os.listdir(f'{self.directory}/spool'), [])
+        self.log.seek(0)
+        self.assertNotIn('Traceback', self.log.read())
 
 
 # --- a real runtime
