@@ -3861,7 +3861,9 @@ def families_of(rows: Sequence[Tuple[str, str, str, float]], items: Sequence[Tup
     families = []
     for name, text, path, factor in rows:
         values = ((labels, value_at(message, path)) for labels, message in items)
-        samples = [(labels, value * factor) for labels, value in values if value is not None]
+        # Divided where the base unit is larger: 3815668 µs are 3.815668 s, times 1e-6 they would be 3.8156679999999996.
+        samples = [(labels, value * factor if factor >= 1 else value / round(1 / factor)) for labels, value in values
+                   if value is not None]
         families.append(Family(prefix + name, text, samples))
     return families
 
