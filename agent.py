@@ -3364,13 +3364,20 @@ def plural(number: int, noun: str) -> str:
 # --- live view
 
 # ANSI control sequences (ECMA-48), and the alternate screen of xterm.
-ENTER_SCREEN, LEAVE_SCREEN = '\x1b[?1049h\x1b[?25l', '\x1b[?25h\x1b[?1049l'
+# On it no cursor, and no line that goes on below when it is too long.
+ENTER_SCREEN, LEAVE_SCREEN = '\x1b[?1049h\x1b[?25l\x1b[?7l', '\x1b[?7h\x1b[?25h\x1b[?1049l'
+COLOR = re.compile(r'(\x1b\[\d*m)')
 HOME, CLEAR_LINE, CLEAR_BELOW = '\x1b[H', '\x1b[K', '\x1b[J'
 RED, YELLOW, GREEN, BOLD, DIM, PLAIN = '\x1b[31m', '\x1b[33m', '\x1b[32m', '\x1b[1m', '\x1b[2m', '\x1b[m'
 BAR_WIDTH = 20
 # A share of a limit from which it is yellow, and red.
 WARM, HOT = 70, 90
 NEAR_FULL_PERCENT = 80
+# From these widths on, the table has rates, and images.
+WIDE, WIDEST = 110, 160
+STATE_WIDTH = 9
+NAME_COLUMNS = ('NAMESPACE', 'POD', 'CONTAINER')
+SORTED_BY = {'c': 'cpu', 'm': 'memory', 'r': 'restarts'}
 LIVE_INTERVAL_SECONDS = 2
 
 
@@ -3399,6 +3406,7 @@ class TableRow(NamedTuple):
     sent: Optional[float]
     read: Optional[float]
     written: Optional[float]
+    image: str
 
 
 def paint(text: str, color: str, view: View) -> str:
@@ -3465,7 +3473,9 @@ def io_bytes(container: wire.ContainerMetrics, field: str) -> Optional[int]:
 
 
 def network_bytes(pod: Optional[wire.PodMetrics], field: str) -> Optional[int]:
-    return sum(getattr(interface.counters, field) for interface in pod.network_interfaces) if pod and pod.network_interfaces else None
+    if not pod or not pod.network_interfaces:
+        return None
+    return sum(getattr(interface.counters, field) for interface in pod.network_interfaces)
 
 
 def throttled_percent(before: Optional[wire.ContainerMetrics], after: wire.ContainerMetrics) -> Optional[float]:
@@ -3488,7 +3498,8 @@ def table_row(pod: wire.PodMetrics, container: wire.ContainerMetrics, old_pod: O
         100 * cores / limit if cores is not None and limit else None, throttled_percent(old, container),
         used, 100 * used / most if used is not None and most else None, container.restart_count,
         *(per_second(network_bytes(old_pod, field), network_bytes(pod, field), seconds) for field in ('rx_bytes', 'tx_bytes')),
-        *(per_second(old and io_bytes(old, field), io_bytes(container, field), seconds) for field in ('rbytes', 'wbytes')))
+        *(per_second(old and io_bytes(old, field), io_bytes(container, field), seconds) for field in ('rbytes', 'wbytes')),
+        container.image)
 
 
 def shown_state(container: wire.ContainerMetrics) -> str:
@@ -3516,90 +3527,140 @@ def fit(text: str, width: int) -> str:
     return text.ljust(width) if len(text) <= width else text[:width - 1] + '~'
 
 
+def clip(line: str, width: int) -> str:
+    """At most so wide; colours take no room, and what begins is ended."""
+    pieces, left = [], width
+    for piece in COLOR.split(line):
+        visible = piece if COLOR.match(piece) else piece[:left]
+        left -= 0 if COLOR.match(piece) else len(visible)
+        pieces.append(visible)
+    return ''.join(pieces).rstrip()
+
+
+def column_widths(rows: Sequence[TableRow], view: View, fixed: int) -> Tuple[int, int, int]:
+    """Of namespace, pod and container: as wide as their widest name where there is room, else their share of it."""
+    wanted = [max(len(head), *(len(row[number]) for row in rows)) for number, head in enumerate(NAME_COLUMNS)]
+    room = view.width - fixed - 3
+    namespace = min(wanted[0], max(5, room // 4))
+    container = min(wanted[2], max(7, (room - namespace) * 2 // 5))
+    return namespace, min(wanted[1], max(8, room - namespace - container)), container
+
+
+def images_of(images: List[str], view: View) -> List[str]:
+    """The last column, where there is room for it."""
+    return list(map(printable, images)) if view.width >= WIDEST else []
+
+
 def pod_lines(rows: Sequence[TableRow], view: View) -> List[str]:
     """The table: the wider the terminal, the more columns, and the longer the names."""
-    wide = view.width >= 110
-    rest = view.width - (67 if wide else 43)
-    pod_width = max(12, rest * 3 // 5)
-    container_width = max(8, rest - pod_width)
-    head = (f'{"POD":<{pod_width}} {"CONTAINER":<{container_width}}{"CPU":>6}{"LIM":>5}{"THR":>5}{"MEM":>6}{"LIM":>5}'
-            + (f'{"RX/s":>6}{"TX/s":>6}{"RD/s":>6}{"WR/s":>6}' if wide else '') + f'{"RST":>5} {"STATE":<9}')
-    lines = [paint(head.rstrip(), BOLD, view)]
+    wide = view.width >= WIDE
+    numbers = f'{"CPU":>5} {"%LIM":>4} {"THR":>4} {"MEM":>5} {"%LIM":>4}' + (
+        f' {"RX/s":>6}{"TX/s":>6}{"READ/s":>7}{"WRITE/s":>8}' if wide else '') + f' {"RST":>3} {"STATE":<{STATE_WIDTH}}'
+    widths = column_widths(rows, view, len(numbers))
+    head = ' '.join((*(fit(*cell) for cell in zip(NAME_COLUMNS, widths)), numbers, *images_of(['IMAGE'], view)))
+    lines = [paint(head, BOLD, view)]
     for row in rows:
-        pod = fit(f'{row.namespace}/{row.pod}', pod_width)
-        rates = ''.join(f'{human_rate(rate):>6}' for rate in (row.received, row.sent, row.read, row.written)) if wide else ''
-        memory = '-' if row.memory is None else human_short(row.memory)
-        lines.append((
-            f'{pod} {fit(row.container, container_width)}{human_cores(row.cores):>6}'
-            + paint(f'{human_percent(row.cpu_percent):>5}', heat(row.cpu_percent), view)
-            + paint(f'{human_percent(row.throttled_percent):>5}', heat(row.throttled_percent), view) + f'{memory:>6}'
-            + paint(f'{human_percent(row.memory_percent):>5}', heat(row.memory_percent), view)
-            + f'{rates}{row.restarts:>5} ' + paint(fit(row.state, 9), '' if row.state == 'running' else YELLOW, view)).rstrip())
+        received, sent, read, written = map(human_rate, (row.received, row.sent, row.read, row.written))
+        lines.append(' '.join((
+            *(fit(*cell) for cell in zip(row, widths)), f'{human_cores(row.cores):>5}',
+            paint(f'{human_percent(row.cpu_percent):>4}', heat(row.cpu_percent), view),
+            paint(f'{human_percent(row.throttled_percent):>4}', heat(row.throttled_percent), view),
+            f'{human_rate(row.memory):>5}', paint(f'{human_percent(row.memory_percent):>4}', heat(row.memory_percent), view),
+            *((f'{received:>6}{sent:>6}{read:>7}{written:>8}',) if wide else ()), f'{row.restarts:>3}',
+            paint(fit(row.state, STATE_WIDTH), '' if row.state == 'running' else YELLOW, view),
+            *images_of([row.image], view))))
     return lines
 
 
-def node_lines(before: Optional[wire.Metrics], after: wire.Metrics, view: View) -> List[str]:
-    """The node in five lines."""
-    node, seconds = after.node_metrics, elapsed_seconds(before, after)
+def title_line(node: wire.NodeMetrics, view: View) -> str:
     uptime = f'up {human_seconds(node.uptime)}' if node.HasField('uptime') else ''
-    title = '  '.join(filter(None, (node.hostname or 'node', f'{node.platform} {node.platform_version}'.strip(),
-                                    f'Linux {node.kernel_version}', uptime, node.primary_ipv4.value)))
-    cpu, load = node.total_cpu_percentage, node.load_average
-    swap_total, swap_free = node.memory_detail.swap_total_bytes, node.memory_detail.swap_free_bytes
-    swap = 100 * (swap_total - swap_free) / swap_total if swap_total else 0
-    old = before.node_metrics if before else None
-    rates = {name: human_rate(per_second(old and value_at(old, path), value_at(node, path), seconds)) for name, path in (
-        ('rx', 'net_usage.total_bytes_received'), ('tx', 'net_usage.total_bytes_sent'),
-        ('read', 'disk_io_summary.total_read_bytes'), ('write', 'disk_io_summary.total_write_bytes'))}
-    pressure = '  '.join(f'{name} {psi.some.avg10.value:.1f}' for name, psi in (
+    kernel = f'Linux {node.kernel_version}' if node.kernel_version else ''
+    words = (node.hostname or 'node', f'{node.platform} {node.platform_version}'.strip(), kernel, node.primary_ipv4.value, uptime)
+    return paint(printable('  '.join(filter(None, words))), BOLD, view)
+
+
+def cpu_line(before: Optional[wire.Metrics], after: wire.Metrics, view: View) -> str:
+    node = after.node_metrics
+    if not node.HasField('total_cpu_percentage'):
+        return 'cpu  not known'
+    percent = node.total_cpu_percentage
+    return f'cpu  {bar(percent, view)} {percent:5.1f}% of {plural(len(node.cpu_infos), "CPU")}  {cpu_modes(before, after)}'
+
+
+def memory_line(node: wire.NodeMetrics, view: View) -> str:
+    detail, text = node.memory_detail, 'mem  not known'
+    if node.HasField('memory_used_perc'):
+        text = f'mem  {bar(node.memory_used_perc, view)} {node.memory_used_perc:5.1f}% of {human_bytes(node.total_memory)}'
+    if not detail.swap_total_bytes:
+        return text + '  no swap' if detail.HasField('swap_total_bytes') else text
+    percent = 100 * (detail.swap_total_bytes - detail.swap_free_bytes) / detail.swap_total_bytes
+    return f'{text}  swap {bar(percent, view)} {percent:.0f}% of {human_bytes(detail.swap_total_bytes)}'
+
+
+def load_line(node: wire.NodeMetrics) -> str:
+    load = node.load_average
+    averages = f'{load.load1:.2f} {load.load5:.2f} {load.load15:.2f}' if node.HasField('load_average') else 'not known'
+    processes = f'  {plural(node.procs, "process")}' if node.HasField('procs') else ''
+    stalls = '  '.join(f'{name} {psi.some.avg10.value:.1f}%' for name, psi in (
         ('cpu', node.psi_cpu_metrics), ('mem', node.psi_memory_metrics), ('io', node.psi_io_metrics)) if psi.HasField('some'))
-    return [
-        paint(printable(title), BOLD, view),
-        f'cpu  {bar(cpu, view)} {cpu:5.1f}% of {plural(len(node.cpu_infos), "CPU")}  {cpu_modes(before, after)}'.rstrip(),
-        f'mem  {bar(node.memory_used_perc, view)} {node.memory_used_perc:5.1f}% of {human_bytes(node.total_memory)}'
-        f'  swap {f"{swap:.0f}% of {human_bytes(swap_total)}" if swap_total else "none"}',
-        f'load {load.load1:.2f} {load.load5:.2f} {load.load15:.2f}  pressure 10 s: {pressure or "not known"}',
-        f'net  rx {rates["rx"]}/s tx {rates["tx"]}/s  disk read {rates["read"]}/s write {rates["write"]}/s'
-        f'  {plural(node.procs, "process")}']
+    return f'load {averages}{processes}  stalled for {stalls or "not known"}'
+
+
+def rates_line(before: Optional[wire.Metrics], after: wire.Metrics) -> str:
+    """What goes through the node's network and disks."""
+    seconds, old = elapsed_seconds(before, after), before.node_metrics if before else None
+    received, sent, read, written = (
+        human_rate(per_second(value_at(old, path) if old else None, value_at(after.node_metrics, path), seconds))
+        for path in ('net_usage.total_bytes_received', 'net_usage.total_bytes_sent', 'disk_io_summary.total_read_bytes',
+                     'disk_io_summary.total_write_bytes'))
+    return f'i/o  network in {received}/s out {sent}/s   disks read {read}/s write {written}/s'
 
 
 def disk_line(node: wire.NodeMetrics, view: View) -> str:
-    """The fullest file systems first; those that are nearly full stand out."""
-    disks = sorted(node.disk_usages, key=lambda disk: -disk.used_percent)
-    shown = ['stuck: ' + printable(disk.mountpoint) if disk.stuck else f'{printable(disk.mountpoint)} {disk.used_percent:.0f}%'
-             for disk in disks]
-    full = any(disk.stuck or disk.used_percent >= NEAR_FULL_PERCENT for disk in disks)
-    text = 'disk ' + '  '.join(shown)
-    return paint(text[:view.width], YELLOW if full else '', view)
+    """What does not answer or is nearly full stands out, and comes first."""
+    disks = sorted(node.disk_usages, key=lambda disk: (not disk.stuck, -disk.used_percent))
+    shown = [paint(f'{printable(disk.mountpoint)} STUCK', RED, view) if disk.stuck else paint(
+        f'{printable(disk.mountpoint)} {disk.used_percent:.0f}%',
+        '' if disk.used_percent < NEAR_FULL_PERCENT else RED if disk.used_percent >= HOT else YELLOW, view) for disk in disks]
+    return 'disk ' + ('  '.join(shown) or 'not known')
 
 
-def agent_line(before: Optional[wire.Metrics], after: wire.Metrics) -> str:
-    """The runtime, and what the agent itself costs."""
+def agent_line(before: Optional[wire.Metrics], after: wire.Metrics, view: View) -> str:
+    """The runtime, what the agent itself costs, and what it could not read a cycle ago."""
     runtime, agent = after.node_metrics.container_runtime, after.agent_metrics
-    ready = '' if not runtime.name else ' ready' if runtime.conditions.get('RuntimeReady', True) else ' NOT READY'
+    unready = sorted(kind for kind, met in runtime.conditions.items() if not met)
+    state = ' ready' if runtime.conditions else ''
+    if unready:
+        state = paint(f' NOT READY ({printable(", ".join(unready))})', RED, view)
+    name = printable(f'{runtime.name} {runtime.version}') if runtime.name else paint('no container runtime found', YELLOW, view)
     seconds = elapsed_seconds(before, after)
     spent = per_second(before.agent_metrics.cpu_seconds_total, agent.cpu_seconds_total, seconds) if before else None
     cost = '' if spent is None else f' {100 * spent:.1f}% cpu'
-    return (f'runtime {runtime.name or "none found"} {runtime.version}{ready}'.rstrip()
-            + f'  agent{cost} {human_bytes(agent.resident_bytes)}')
+    counted = before.agent_metrics.failures_total if before else {}
+    failed = sorted(subject for subject, count in agent.failures_total.items() if count > counted.get(subject, 0))
+    trouble = paint(f'  in trouble: {printable(", ".join(failed))}', YELLOW, view) if failed else ''
+    return f'cri  {name}{state}   agent{cost} {human_bytes(agent.resident_bytes)}{trouble}'
+
+
+def status_text(rows: Sequence[TableRow], view: View) -> str:
+    """What the table shows, and on a terminal how to change that."""
+    running = sum(row.state == 'running' for row in rows)
+    pods = plural(len({(row.namespace, row.pod) for row in rows}), 'pod')
+    namespace = f' in {printable(view.namespace)}' if view.namespace else ''
+    text = f'{pods}{namespace}, {running}/{plural(len(rows), "container")} running, by {SORTED_BY[view.sort]}'
+    return text + ('   c m r: sort  n: namespace  q: quit' if view.height else '')
 
 
 def render_view(before: Optional[wire.Metrics], after: wire.Metrics, view: View) -> str:
     """Node, then containers; no wider than the view, no higher, and no control codes in it but colours."""
-    rows = table_rows(before, after, view)
-    running = sum(row.state == 'running' for row in rows)
-    sorted_by = {'c': 'cpu', 'm': 'memory', 'r': 'restarts'}[view.sort]
-    status = (f'{plural(len({(row.namespace, row.pod) for row in rows}), "pod")}, {plural(len(rows), "container")}, '
-              f'{running} running; by {sorted_by}' + (f'; namespace {printable(view.namespace)}' if view.namespace else ''))
-    keys = '   keys: c m r n q' if view.height else ''
-    head = [line if view.color else line[:view.width] for line in (
-        *node_lines(before, after, view), disk_line(after.node_metrics, view), agent_line(before, after)[:view.width],
-        (status + keys)[:view.width])]
-    table = pod_lines(rows, view) if rows else []
-    if view.height and len(head) + len(table) > view.height:
-        hidden = len(head) + len(table) - view.height + 1
-        table = table[:view.height - len(head) - 1] + [paint(f'... {hidden} more', DIM, view)]
-    return '\n'.join(head + table)
+    rows, node = table_rows(before, after, view), after.node_metrics
+    lines = [title_line(node, view), cpu_line(before, after, view), memory_line(node, view), load_line(node),
+             rates_line(before, after), disk_line(node, view), agent_line(before, after, view), '', status_text(rows, view)]
+    lines += pod_lines(rows, view) if rows else []
+    if view.height and len(lines) > view.height:
+        hidden = len(lines) - view.height + 1
+        lines[view.height - 1:] = [paint(f'... {hidden} more', DIM, view)]
+    return '\n'.join(clip(line, view.width) for line in lines)
 
 
 def render_frame(text: str) -> str:
@@ -3628,16 +3689,20 @@ def live_screen() -> Iterator[None]:
     import tty
     keyboard = sys.stdin.fileno() if sys.stdin and sys.stdin.isatty() else None
     before = termios.tcgetattr(keyboard) if keyboard is not None else None
+    # A stopped agent would leave its screen behind.
+    suspend = signal.signal(signal.SIGTSTP, signal.SIG_IGN)
     try:
         if keyboard is not None:
             tty.setcbreak(keyboard)
         sys.stdout.write(ENTER_SCREEN)
         yield
     finally:
-        sys.stdout.write(PLAIN + LEAVE_SCREEN)
-        sys.stdout.flush()
+        with contextlib.suppress(OSError):
+            sys.stdout.write(PLAIN + LEAVE_SCREEN)
+            sys.stdout.flush()
         if keyboard is not None:
             termios.tcsetattr(keyboard, termios.TCSADRAIN, before)
+        signal.signal(signal.SIGTSTP, suspend)
 
 
 # --- Prometheus
@@ -3685,7 +3750,8 @@ NODE_SAMPLES = (
      'psi_memory_metrics.some.total.value', 1e-6),
     ('node_pressure_memory_stalled_seconds_total', 'Time that no process could make progress for want of memory.',
      'psi_memory_metrics.full.total.value', 1e-6),
-    ('node_pressure_io_waiting_seconds_total', 'Time that processes have waited for I/O.', 'psi_io_metrics.some.total.value', 1e-6),
+    ('node_pressure_io_waiting_seconds_total', 'Time that processes have waited for I/O.',
+     'psi_io_metrics.some.total.value', 1e-6),
     ('node_pressure_io_stalled_seconds_total', 'Time that no process could make progress for I/O.',
      'psi_io_metrics.full.total.value', 1e-6),
     ('node_pressure_irq_stalled_seconds_total', 'Time that no process could make progress for interrupts.',
@@ -3699,7 +3765,8 @@ NODE_SAMPLES = (
     ('node_processes_threads', 'Allocated threads in system.', 'kernel_limits.threads', 1),
     ('node_processes_max_threads', 'Limit of threads in the system.', 'kernel_limits.threads_max', 1),
     ('node_processes_max_processes', 'Number of max PIDs limit.', 'kernel_limits.pid_max', 1),
-    ('node_netstat_TcpExt_ListenOverflows', 'Statistic TcpExtListenOverflows.', 'network_protocols.tcp_listen_overflows_total', 1),
+    ('node_netstat_TcpExt_ListenOverflows', 'Statistic TcpExtListenOverflows.',
+     'network_protocols.tcp_listen_overflows_total', 1),
     ('node_netstat_TcpExt_ListenDrops', 'Statistic TcpExtListenDrops.', 'network_protocols.tcp_listen_drops_total', 1),
     ('node_netstat_TcpExt_TCPSynRetrans', 'Statistic TcpExtTCPSynRetrans.', 'network_protocols.tcp_syn_retrans_total', 1),
     ('node_netstat_Tcp_RetransSegs', 'Statistic TcpRetransSegs.', 'network_protocols.tcp_retrans_segs_total', 1),
@@ -3767,7 +3834,8 @@ INTERFACE_SAMPLES = (
           for column in columns.split())
 # cAdvisor's words for the interfaces of a pod.
 POD_INTERFACE_SAMPLES = tuple(
-    (f'container_network_{way}_{name}_total', f'Network device statistic {way}_{name} of a pod.', f'counters.{prefix}_{column}', 1)
+    (f'container_network_{way}_{name}_total', f'Network device statistic {way}_{name} of a pod.',
+     f'counters.{prefix}_{column}', 1)
     for way, prefix in (('receive', 'rx'), ('transmit', 'tx'))
     for name, column in (('bytes', 'bytes'), ('packets', 'packets'), ('errors', 'errs'), ('packets_dropped', 'drop')))
 CGROUP_CPU_SAMPLES = (
@@ -3793,7 +3861,8 @@ CGROUP_CPU_SAMPLES = (
     ('processes', 'Number of processes and threads (pids.current).', 'pids.current', 1),
     ('pressure_cpu_waiting_seconds_total', 'Time that tasks have waited for CPU.', 'cpu_pressure.some.total.value', 1e-6),
     ('pressure_cpu_stalled_seconds_total', 'Time that all tasks have waited for CPU.', 'cpu_pressure.full.total.value', 1e-6),
-    ('pressure_memory_waiting_seconds_total', 'Time that tasks have waited for memory.', 'memory_pressure.some.total.value', 1e-6),
+    ('pressure_memory_waiting_seconds_total', 'Time that tasks have waited for memory.',
+     'memory_pressure.some.total.value', 1e-6),
     ('pressure_memory_stalled_seconds_total', 'Time that all tasks have waited for memory.',
      'memory_pressure.full.total.value', 1e-6),
     ('pressure_io_waiting_seconds_total', 'Time that tasks have waited for I/O.', 'io_pressure.some.total.value', 1e-6),
@@ -3856,7 +3925,8 @@ def value_at(message: Any, path: str) -> Optional[float]:
     return message
 
 
-def families_of(rows: Sequence[Tuple[str, str, str, float]], items: Sequence[Tuple[Labels, Any]], prefix: str = '') -> List[Family]:
+def families_of(rows: Sequence[Tuple[str, str, str, float]], items: Sequence[Tuple[Labels, Any]],
+                prefix: str = '') -> List[Family]:
     """A family a row, a sample for each item that has the row's field."""
     families = []
     for name, text, path, factor in rows:
@@ -3874,10 +3944,12 @@ def node_families(node: wire.NodeMetrics) -> List[Family]:
     interfaces = [((('device', interface.name),), interface) for interface in node.network_interfaces
                   if interface.HasField('counters')]
     return [
-        Family('node_uname_info', 'Labeled system information as provided by the uname system call.', [(
-            (('sysname', 'Linux'), ('release', node.kernel_version), ('machine', node.kernel_arch), ('nodename', node.hostname)), 1)]),
+        Family('node_uname_info', 'Labeled system information as provided by the uname system call.', [
+            ((('sysname', 'Linux'), ('release', node.kernel_version), ('machine', node.kernel_arch),
+              ('nodename', node.hostname)), 1)]),
         Family('node_cpu_seconds_total', 'Seconds the CPUs spent in each mode.', [
-            ((('cpu', str(cpu.cpu)), ('mode', mode)), getattr(cpu.seconds, mode)) for cpu in node.cpu_infos for mode in CPU_MODES]),
+            ((('cpu', str(cpu.cpu)), ('mode', mode)), getattr(cpu.seconds, mode))
+            for cpu in node.cpu_infos for mode in CPU_MODES]),
         Family('node_cpu_guest_seconds_total', 'Seconds the CPUs spent in guests (VMs) for each mode.', [
             ((('cpu', str(cpu.cpu)), ('mode', mode)), value) for cpu in node.cpu_infos
             for mode, value in (('user', cpu.seconds.guest), ('nice', cpu.seconds.guest_nice))]),
@@ -3890,18 +3962,25 @@ def node_families(node: wire.NodeMetrics) -> List[Family]:
 
 
 def present_containers(pod: wire.PodMetrics) -> List[wire.ContainerMetrics]:
-    """The last of each name: a container that was restarted is there twice."""
-    return list({container.name: container for container in pod.container_metrics}.values())
+    """The one of each name that runs, else the last: a container that was restarted is there twice."""
+    ordered = sorted(pod.container_metrics, key=lambda container: (container.state == 'CONTAINER_RUNNING', container.created_at))
+    return list({container.name: container for container in ordered}.values())
+
+
+def present_pods(pods: Sequence[wire.PodMetrics]) -> List[wire.PodMetrics]:
+    """The last of each name: while a static pod is replaced, its sandbox may be there twice."""
+    return list({(pod.namespace, pod.name): pod for pod in sorted(pods, key=lambda pod: pod.created_at)}.values())
 
 
 def pod_families(pods: Sequence[wire.PodMetrics]) -> List[Family]:
-    by_pod = [((('namespace', pod.namespace), ('pod', pod.name)), pod) for pod in pods]
+    by_pod = [((('namespace', pod.namespace), ('pod', pod.name)), pod) for pod in present_pods(pods)]
     containers = [((*labels, ('container', container.name)), container) for labels, pod in by_pod
                   for container in present_containers(pod)]
     cgroups = [(labels, container.cgroup) for labels, container in containers if container.HasField('cgroup')]
     return [
         Family('kubensage_pod_info', 'What the pod is.', [
-            ((*labels, ('qos_class', pod.qos_class), ('host_network', str(pod.host_network).lower())), 1) for labels, pod in by_pod]),
+            ((*labels, ('qos_class', pod.qos_class), ('host_network', str(pod.host_network).lower())), 1)
+            for labels, pod in by_pod]),
         Family('kubensage_container_info', 'What the container is.', [
             ((*labels, ('image', container.image), ('state', container.state), ('reason', container.status.reason)), 1)
             for labels, container in containers]),
@@ -3910,7 +3989,8 @@ def pod_families(pods: Sequence[wire.PodMetrics]) -> List[Family]:
             for labels, cgroup in cgroups for kind in ('pgfault', 'pgmajfault') if cgroup.memory.HasField(kind)]),
         *families_of(CGROUP_CPU_SAMPLES, cgroups, 'container_'),
         *families_of(CONTAINER_SAMPLES, containers),
-        *families_of(CGROUP_IO_SAMPLES, [((*labels, ('device', io.device)), io) for labels, cgroup in cgroups for io in cgroup.io]),
+        *families_of(CGROUP_IO_SAMPLES, [((*labels, ('device', io.device)), io)
+                                         for labels, cgroup in cgroups for io in cgroup.io]),
         *families_of(POD_INTERFACE_SAMPLES, [((*labels, ('interface', interface.name)), interface)
                                              for labels, pod in by_pod for interface in pod.network_interfaces]),
         *families_of(CGROUP_CPU_SAMPLES, [(labels, pod.cgroup) for labels, pod in by_pod if pod.HasField('cgroup')],
@@ -3928,11 +4008,14 @@ def own_families(metrics: wire.Metrics) -> List[Family]:
     return [
         Family('kubensage_agent_info', 'The agent.', [((('version', agent.version),), 1)]),
         Family('kubensage_snapshot_timestamp_seconds', 'When the snapshot was taken.', [((), metrics.timestamp)]),
-        counts_family('kubensage_agent_failures_total', 'Cycles in which a subject could not be read.', 'subject', agent.failures_total),
-        counts_family('kubensage_backlog_dropped_total', 'Snapshots that were not delivered.', 'cause', agent.backlog.dropped_total),
+        counts_family('kubensage_agent_failures_total', 'Cycles in which a subject could not be read.',
+                      'subject', agent.failures_total),
+        counts_family('kubensage_backlog_dropped_total', 'Snapshots that were not delivered.',
+                      'cause', agent.backlog.dropped_total),
         Family('kubensage_runtime_info', 'The container runtime.', [
             ((('name', runtime.name), ('version', runtime.version)), 1)] if runtime.name else []),
-        counts_family('kubensage_runtime_condition', 'Whether the runtime reports this condition.', 'condition', runtime.conditions),
+        counts_family('kubensage_runtime_condition', 'Whether the runtime reports this condition.',
+                      'condition', runtime.conditions),
         counts_family('kubensage_runtime_sandboxes', 'Pod sandboxes by state.', 'state', runtime.sandboxes),
         counts_family('kubensage_runtime_containers', 'Containers by state.', 'state', runtime.containers),
         *families_of(AGENT_SAMPLES, [((), agent)]),
@@ -3972,9 +4055,11 @@ def render_prometheus(metrics: wire.Metrics) -> str:
 
 # --- HTTP
 
-# Half-open connections are dropped after so long, and there are never more than so many.
+# A connection that says nothing is dropped after so long; there are never more than so many: the oldest makes room.
 HTTP_TIMEOUT_SECONDS = 5
-MAX_CONNECTIONS = 96
+MAX_CONNECTIONS = 32
+# How long the end of the agent may wait for the server.
+HTTP_POLL_SECONDS = 0.1
 # How old the last snapshot may be before the agent calls itself ill: so many intervals, and at least so long.
 HEALTHY_INTERVALS, HEALTHY_SECONDS = 3, 15
 TEXT_TYPE = 'text/plain; version=0.0.4; charset=utf-8'
@@ -3984,6 +4069,10 @@ INDEX = '''<!DOCTYPE html>
 <h1>kubensage-agent {version}</h1>
 <p>The telemetry agent of {node}. <a href="/metrics">/metrics</a> is for Prometheus, <a href="/healthz">/healthz</a> for probes.
 '''
+
+
+class ListenError(Exception):
+    """The address of --listen cannot be had."""
 
 
 class Published:
@@ -4046,10 +4135,11 @@ def http_answer(published: Published, path: str, accept: str) -> Tuple[int, str,
 
 
 def http_server(address: str, published: Published) -> Any:
-    """A server of the standard library with a thread a connection, and a bound on them. OSError: the address is taken."""
+    """A server of the standard library with a thread a connection, and a bound on them. OSError: the address cannot be had."""
     import http.server
     import socketserver
-    connections = threading.BoundedSemaphore(MAX_CONNECTIONS)
+    connections: Dict[Any, None] = {}
+    lock = threading.Lock()
 
     class Handler(http.server.BaseHTTPRequestHandler):
         timeout = HTTP_TIMEOUT_SECONDS
@@ -4073,16 +4163,19 @@ def http_server(address: str, published: Published) -> Any:
         address_family = socket.AF_INET6 if address.startswith('[') else socket.AF_INET
 
         def process_request(self, request: Any, client_address: Any) -> None:
-            if connections.acquire(blocking=False):
-                super().process_request(request, client_address)
-            else:
-                self.shutdown_request(request)
+            with lock:
+                connections[request] = None
+                oldest = next(iter(connections)) if len(connections) > MAX_CONNECTIONS else None
+                connections.pop(oldest, None)
+            if oldest:
+                with contextlib.suppress(OSError):
+                    oldest.shutdown(socket.SHUT_RDWR)
+            super().process_request(request, client_address)
 
-        def process_request_thread(self, request: Any, client_address: Any) -> None:
-            try:
-                super().process_request_thread(request, client_address)
-            finally:
-                connections.release()
+        def shutdown_request(self, request: Any) -> None:
+            with lock:
+                connections.pop(request, None)
+            super().shutdown_request(request)
 
         def handle_error(self, request: Any, client_address: Any) -> None:
             log.debug('http: %s', sys.exc_info()[1])
@@ -4092,9 +4185,17 @@ def http_server(address: str, published: Published) -> Any:
 
 
 def start_listening(address: str, published: Published) -> Any:
-    server = http_server(address, published)
-    threading.Thread(target=server.serve_forever, name='http', daemon=True).start()
+    try:
+        server = http_server(address, published)
+    except OSError as error:
+        raise ListenError(f'--listen {address}: {error.strerror or error}') from None
+    threading.Thread(target=server.serve_forever, args=(HTTP_POLL_SECONDS,), name='http', daemon=True).start()
     return server
+
+
+def stop_listening(server: Any) -> None:
+    server.shutdown()
+    server.server_close()
 
 
 # --- log
@@ -4341,7 +4442,8 @@ def settle_output(options: argparse.Namespace, given: Iterable[str], terminal: b
         options.output = 'table' if terminal else 'json'
 
 
-def parse_options(arguments: Optional[Sequence[str]], environment: Mapping[str, str], terminal: bool = False) -> argparse.Namespace:
+def parse_options(arguments: Optional[Sequence[str]], environment: Mapping[str, str],
+                  terminal: bool = False) -> argparse.Namespace:
     """Flags from the environment first, so that those of the command line win. An empty variable is none."""
     parser, options = argument_parser(), argparse.Namespace()
     arguments = sys.argv[1:] if arguments is None else list(arguments)
@@ -4548,56 +4650,48 @@ spec:
 ONE_SHOT_FLAGS = ('--print-unit', '--print-daemonset', '--once', '--output')
 
 
-def service_arguments(arguments: Sequence[str]) -> List[str]:
-    """The flags that were given, without those that ask for the printout."""
-    kept, skip_value = [], False
-    for argument in arguments:
-        flag, equals, _ = argument.partition('=')
-        if flag in ONE_SHOT_FLAGS:
-            skip_value = not equals
-        elif not (skip_value and not argument.startswith('--')):
-            kept.append(argument)
-            skip_value = False
-    return kept
+def given_flags(options: argparse.Namespace, arguments: Sequence[str]) -> Dict[str, str]:
+    """The flags on the command line, without those that say what to do now; files by their absolute paths."""
+    named = {argument.partition('=')[0] for argument in arguments} - set(ONE_SHOT_FLAGS)
+    given = {}
+    for flag in sorted(named & FLAGS.keys()):
+        value = getattr(options, flag[2:].replace('-', '_'))
+        if FLAGS[flag].get('metavar') in ('DIR', 'FILE', 'PATH'):
+            value = os.path.abspath(value)
+        given[flag] = str(value).lower() if isinstance(value, bool) else re.sub(r'\.0$', '', str(value))
+    return given
 
 
 def systemd_quote(argument: str) -> str:
     """systemd.service(5), "Command lines": specifiers and variables are expanded even within quotes."""
-    text = argument.replace('\\', '\\\\').replace('%', '%%').replace('$', '$$').replace('"', '\\"')
+    text = argument.replace('\\', '\\\\').replace('%', '%%').replace('$', '$$').replace('"', '\\"').replace('\n', '\\n')
     return text if re.fullmatch(r'[^\s"\';]+', text) else f'"{text}"'
 
 
 def render_unit(options: argparse.Namespace, interpreter: str, program: str, arguments: Sequence[str]) -> str:
     """A unit that runs this program with these flags; the spool, which survives a restart, is on."""
-    arguments = service_arguments(arguments)
-    if options.relay_address and not options.spool_dir:
-        arguments += ['--spool-dir', STATE_DIRECTORY]
-    paths = [options.spool_dir, options.log_file and os.path.dirname(os.path.abspath(options.log_file))]
-    extra = ''.join(f'ReadWritePaths={systemd_quote("-" + os.path.abspath(path))}\n' for path in paths if path)
-    return UNIT.format(command=' '.join(map(systemd_quote, [interpreter, '-I', program, *arguments])), extra=extra,
+    flags = given_flags(options, arguments)
+    if options.relay_address:
+        flags.setdefault('--spool-dir', STATE_DIRECTORY)
+    writable = [flags.get('--spool-dir'), os.path.dirname(flags.get('--log-file', ''))]
+    extra = ''.join(f'ReadWritePaths={systemd_quote("-" + path)}\n' for path in writable if path and path != STATE_DIRECTORY)
+    command = [interpreter, '-I', program, *(f'{flag}={value}' for flag, value in flags.items())]
+    return UNIT.format(command=' '.join(map(systemd_quote, command)), extra=extra,
                        watchdog_seconds=math.ceil(max(WATCHDOG_SECONDS, WATCHDOG_INTERVALS * options.main_loop_duration)))
 
 
 def render_daemonset(options: argparse.Namespace, arguments: Sequence[str], socket_path: str) -> str:
     """A manifest that runs the archive on every node, the flags given as environment variables."""
     listen = options.listen or DAEMONSET_LISTEN
-    given = {flag: value for flag, value in flag_values(options, service_arguments(arguments)).items()}
-    flags = {**given, '--listen': listen, '--procfs': '/host/proc', '--sysfs': '/host/sys', '--rootfs': '/host/root',
-             '--cri-socket': socket_path}
+    flags = {**given_flags(options, arguments), '--listen': listen, '--procfs': '/host/proc', '--sysfs': '/host/sys',
+             '--rootfs': '/host/root', '--cri-socket': socket_path}
     if options.relay_address:
         flags['--spool-dir'] = STATE_DIRECTORY
-    environment = '\n'.join(f'            - name: {variable_of(flag)}\n              value: {json.dumps(str(value))}'
+    environment = '\n'.join(f'            - name: {variable_of(flag)}\n              value: {json.dumps(value)}'
                             for flag, value in sorted(flags.items()))
     return DAEMONSET.format(
         version=__version__, port=listen.rpartition(':')[2], directory=DAEMONSET_DIRECTORY,
         archive=f'{DAEMONSET_DIRECTORY}/{ARCHIVE_NAME}', environment=environment, socket_directory=os.path.dirname(socket_path))
-
-
-def flag_values(options: argparse.Namespace, arguments: Sequence[str]) -> Dict[str, Any]:
-    """The value of each flag on the command line."""
-    named = {argument.partition('=')[0] for argument in arguments if argument.startswith('--')}
-    values = {flag: getattr(options, flag[2:].replace('-', '_')) for flag in FLAGS if flag in named}
-    return {flag: str(value).lower() if isinstance(value, bool) else value for flag, value in values.items()}
 
 
 # --- main loop
@@ -4611,16 +4705,16 @@ TABLE_WIDTH = 160
 SPOOL_PATIENCE_SECONDS = 10
 
 
-def install_signals() -> int:
-    """SIGTERM and SIGINT make the returned descriptor readable; the second of them ends the process at once. So does
-    SIGWINCH, when the terminal has another size."""
+def install_signals(live: bool) -> int:
+    """SIGTERM and SIGINT make the returned descriptor readable; the second of them ends the process at once, a live view
+    by way of its screen. SIGWINCH makes it readable as well: the terminal has another size."""
     readable, writable = os.pipe()
     os.set_blocking(writable, False)
     signal.set_wakeup_fd(writable)
 
     def on_signal(number: int, frame: Any) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        for again in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(again, signal.default_int_handler if live else signal.SIG_DFL)
 
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)
@@ -4665,7 +4759,10 @@ def stopped_within(descriptor: int, until: float, live: Optional[Live] = None) -
 
 def read_keys(live: Live) -> bool:
     """Do what was typed; whether it was q. A terminal that has gone types no more."""
-    keys = os.read(live.keyboard[0], 64).decode(errors='replace')
+    try:
+        keys = os.read(live.keyboard[0], 64).decode(errors='replace')
+    except OSError:
+        keys = ''
     if not keys:
         live.keyboard.clear()
     for key in keys:
@@ -4736,11 +4833,11 @@ class Outlets(NamedTuple):
 
 
 def open_outlets(options: argparse.Namespace, closing: contextlib.ExitStack) -> Outlets:
-    """As the options say; what has to be closed is closed with `closing`, in the opposite order. OSError: --listen."""
+    """As the options say; what has to be closed is closed with `closing`, in the opposite order."""
     backlog = published = live = None
     if options.listen:
         published = Published(options.main_loop_duration)
-        closing.callback(start_listening(options.listen, published).server_close)
+        closing.callback(stop_listening, start_listening(options.listen, published))
     if options.relay_address:
         backlog, relay = backlog_from(options), relay_from(options)
         log_exposure(relay)
@@ -4776,10 +4873,10 @@ def hand_over(before: Optional[wire.Metrics], metrics: wire.Metrics, outlets: Ou
         publish(outlets.published, metrics)
     if outlets.backlog:
         failures.update(add_snapshot(outlets.backlog, metrics.SerializeToString()))
-    if outlets.live:
-        outlets.live.before, outlets.live.metrics = before, metrics
-        draw(outlets.live)
     try:
+        if outlets.live:
+            outlets.live.before, outlets.live.metrics = before, metrics
+            draw(outlets.live)
         if outlets.output:
             show(before, metrics, outlets.output)
     except BrokenPipeError:
@@ -4821,7 +4918,7 @@ def run_cycle(roots: Roots, options: argparse.Namespace, memory: Memory, pods_th
 
 def run_loop(roots: Roots, options: argparse.Namespace) -> int:
     """A snapshot each interval, until a signal; then one last attempt to deliver what is left."""
-    descriptor, run, interval = install_signals(), Run(), options.main_loop_duration
+    descriptor, run, interval = install_signals(options.live), Run(), options.main_loop_duration
     memory, troubles, late, tick, stopped = Memory(), {}, {}, time.monotonic(), False
     with contextlib.ExitStack() as closing:
         outlets = open_outlets(options, closing)
@@ -4870,6 +4967,9 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     log_blind_spots()
     try:
         return run_once(roots, options) if options.once else run_loop(roots, options)
+    except ListenError as error:
+        log.error('%s', error)
+        return 1
     except BrokenPipeError:
         # The reader of stdout has gone. Python would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

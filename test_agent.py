@@ -1791,42 +1791,6 @@ class OutputTest(AgentTest):
             ((59,), '0 min'), ((3599,), '59 min'), ((3600,), '1 h 0 min'), ((172799,), '47 h 59 min'), ((172800,), '2 d 0 h'),
             ((180000,), '2 d 2 h')])
 
-    def test_columns_are_as_wide_as_their_widest_cell_and_numbers_to_the_right(self):
-        self.assertEqual(['', 'NAME  SIZE  KIND', 'a        1  x', 'bcd   1000  -', 'ef          yz'],
-                         agent.render_columns(('NAME', 'SIZE', 'KIND'),
-                                              [('a', '1', 'x'), ('bcd', '1000', '-'), ('ef', '', 'yz')]))
-        self.assertEqual([], agent.render_columns(('NAME',), []))
-
-    def test_control_codes_do_not_reach_the_table(self):
-        evil = 'a\x1b[31m\x9bm\x07\r\n\u202eb'
-        node = wire.NodeMetrics(
-            hostname=evil, platform=evil, cpu_infos=[wire.CpuInfo(model=evil)],
-            processes_mem_info=[wire.ProcessMemInfo(pid=1, name=evil, memory=1)],
-            disk_usages=[wire.DiskUsage(device=evil, mountpoint=evil, fstype=evil)])
-        pod = wire.PodMetrics(name=evil, namespace=evil, container_metrics=[wire.ContainerMetrics(name=evil, state=evil)])
-        table = agent.render_table(wire.Metrics(node_metrics=node, pod_metrics=[pod]))
-        self.assertEqual(set(), {char for char in table if not char.isprintable()} - {'\n'})
-        self.assertEqual(11, table.count('a?[31m?m????b'))
-
-    def test_table_shows_the_node(self):
-        table = agent.render_table(wire.Metrics(node_metrics=agent.collect_node(roots_below(self.tree(NODE)), {}, 10).message))
-        for line in (
-                'node-d13  debian 13.7  Linux 6.12.107+deb13-cloud-amd64 x86_64  up 4 min',
-                'cpu      1 CPU (QEMU TCG CPU version 2.5+), 3 processes',
-                'memory   11.5 % used: 452.9 MiB of 3.8 GiB, 3.4 GiB available',
-                'network  365.8 KiB received, 161.5 MiB sent since boot',
-                'disks    797.5 MiB read, 639.2 MiB written since boot',
-                'cpu some     70.95 %  69.15 %  38.90 %',
-                'memory full   5.50 %   6.50 %   7.50 %',
-                'new?line) R 1  2592  2.0 MiB'):
-            with self.subTest(line):
-                self.assertIn(f'\n{line}\n', f'\n{table}')
-        self.assertNotIn('io full', table)
-
-    def test_unknown_values_are_not_shown_as_zero(self):
-        table = agent.render_table(wire.Metrics(node_metrics=wire.NodeMetrics(total_memory=2 ** 30)))
-        self.assertNotIn(' 0', table)
-
     def test_json_is_one_line_of_ascii_and_leaves_out_what_is_absent(self):
         name = 'new\nline \x9b \u2028 \u20ac'
         metrics = wire.Metrics(timestamp=1, node_metrics=wire.NodeMetrics(hostname=name, uptime=0))
@@ -1838,7 +1802,7 @@ class OutputTest(AgentTest):
 
     def test_terminal_of_another_encoding_gets_question_marks(self):
         root = self.tree({'proc/7/statm': '1 2 3\n', 'proc/7/comm': 'na\u20acme\n'})
-        for output in agent.RENDERERS:
+        for output in ('table', 'json', 'prometheus'):
             with self.subTest(output):
                 run = run_on_tree(root, '--output', output, PYTHONIOENCODING='ascii')
                 self.assertEqual((0, []), (run.returncode, run.stderr.splitlines()[2 - (os.geteuid() == 0):]))
@@ -1976,8 +1940,9 @@ class CommandLineTest(AgentTest):
         self.assertEqual(
             {'relay_address': None, 'main_loop_duration': 5, 'buffer_retention': 10, 'buffer_max_size': 64, 'spool_dir': None,
              'spool_max_size': 512, 'relay_tls': False, 'relay_ca': None, 'relay_cert': None, 'relay_key': None,
-             'relay_server_name': None, 'relay_token_file': None, 'top_n': 10, 'once': False, 'output': None,
-             'cri_socket': None, 'procfs': '/proc', 'sysfs': '/sys', 'rootfs': '/', 'log_level': 'info', 'log_file': None,
+             'relay_server_name': None, 'relay_token_file': None, 'top_n': 10, 'once': False, 'output': 'json',
+             'listen': None, 'print_unit': False, 'print_daemonset': False, 'live': False, 'container_stats': 'cgroup',
+             'fs_stats_interval': 60, 'cri_socket': None, 'procfs': '/proc', 'sysfs': '/sys', 'rootfs': '/', 'log_level': 'info', 'log_file': None,
              'log_max_size': 10, 'log_max_backups': 5, 'log_max_age': 30, 'log_compress': True},
             vars(agent.parse_options([], {})))
 
@@ -1988,7 +1953,8 @@ class CommandLineTest(AgentTest):
                 ('--relay-address=192.0.2.1:65535', 'relay_address', '192.0.2.1:65535'),
                 ('--main-loop-duration=0.1', 'main_loop_duration', 0.1), ('--buffer-retention=0.5', 'buffer_retention', 0.5),
                 ('--top-n=0', 'top_n', 0), ('--once', 'once', True), ('--once=false', 'once', False), ('--once=1', 'once', True),
-                ('--output=table', 'output', 'table'), ('--output=json', 'output', 'json'),
+                ('--output=table', 'output', 'table'), ('--output=json', 'output', 'json'), ('--output=prometheus', 'output', 'prometheus'),
+                ('--listen=[::1]:9551', 'listen', '[::1]:9551'),
                 ('--log-level=debug', 'log_level', 'debug'),
                 ('--log-max-size=0.5', 'log_max_size', 0.5), ('--log-max-backups=0', 'log_max_backups', 0),
                 ('--log-max-age=0', 'log_max_age', 0), ('--log-compress=false', 'log_compress', False),
@@ -2006,6 +1972,7 @@ class CommandLineTest(AgentTest):
         wrong = {
             '--relay-address': ('relay', 'relay:', ':50051', 'relay:0', 'relay:65536', 'http://relay:1', '2001:db8::1:1', 'a b:1',
                                 ''),
+            '--listen': ('9551', ':9551', '::1:9551', 'localhost:x'),
             '--main-loop-duration': ('0.09', '-1', 'nan', 'inf', '5s', '', '1e9'),
             '--buffer-retention': ('0', '-1', 'x'),
             '--top-n': ('-1', '1.5', 'x', 'NaN', ''),
@@ -3913,7 +3880,7 @@ class MainLoopTest(ServerTest):
         process.stdout.close()
         self.assertEqual(process.wait(PATIENCE_SECONDS), 1)
         self.assertEqual([line for line in process.stderr.read().splitlines() if ' INFO ' not in line and 'root:' not in line
-                          and 'cpu' not in line], [])
+                          and 'cpu' not in line and 'runtime health' not in line], [])
 
     def test_a_relay_is_served_without_stdout(self) -> None:
         relay = FakeRelay(self)
@@ -4007,7 +3974,7 @@ class LoadTest(unittest.TestCase):
         self.now, begun, runs, left = 100.0, [], [], collections.deque(durations)
         under_way = []
 
-        def run_cycle(roots: Any, options: Any, memory: Any, thread: Any, run: agent.Run, backlog: Any) -> Any:
+        def run_cycle(roots: Any, options: Any, memory: Any, thread: Any, run: agent.Run, outlets: Any) -> Any:
             self.assertEqual(under_way, [])
             under_way.append(run)
             begun.append((self.now - 100) / 5)
@@ -4018,14 +3985,14 @@ class LoadTest(unittest.TestCase):
                 raise ZeroDivisionError
             return memory, {}
 
-        def stopped_within(descriptor: int, seconds: float) -> bool:
-            self.now += max(0, seconds)
+        def stopped_within(descriptor: int, until: float, live: Any) -> bool:
+            self.now = max(self.now, until)
             return not left
 
         options = agent.parse_options([], {})
         clock = types.SimpleNamespace(**{**vars(time), 'monotonic': lambda: self.now})
         with self.assertLogs('kubensage-agent', 'DEBUG') as logged, mock.patch.multiple(
-                agent, run_cycle=run_cycle, stopped_within=stopped_within, time=clock, install_signals=lambda: 0):
+                agent, run_cycle=run_cycle, stopped_within=stopped_within, time=clock, install_signals=lambda live: 0):
             logging.getLogger('kubensage-agent').debug('at least one line')
             self.assertEqual(agent.run_loop(LIVE, options), 0)
         return begun, runs[-1], logged.output[1:]
@@ -4071,7 +4038,7 @@ class WatchdogTest(ServerTest):
         path = f'{self.directory}/notify'
         notify = self.notify_socket(path)
         notify.setblocking(False)
-        arguments = LIVE, agent.parse_options([], {}), agent.Memory(), None, agent.Run(), None
+        arguments = LIVE, agent.parse_options([], {}), agent.Memory(), None, agent.Run(), agent.Outlets()
         with mock.patch.dict(os.environ, NOTIFY_SOCKET=path):
             for broken in ('collect_snapshot', 'hand_over'):
                 with mock.patch.object(agent, 'collect_snapshot', lambda *arguments: agent.Part(wire.Metrics(), None, {})), \
