@@ -3369,13 +3369,14 @@ ENTER_SCREEN, LEAVE_SCREEN = '\x1b[?1049h\x1b[?25l\x1b[?7l', '\x1b[?7h\x1b[?25h\
 COLOR = re.compile(r'(\x1b\[\d*m)')
 HOME, CLEAR_LINE, CLEAR_BELOW = '\x1b[H', '\x1b[K', '\x1b[J'
 RED, YELLOW, GREEN, BOLD, DIM, PLAIN = '\x1b[31m', '\x1b[33m', '\x1b[32m', '\x1b[1m', '\x1b[2m', '\x1b[m'
-BAR_WIDTH = 20
+BAR_WIDTH = 14
 # A share of a limit from which it is yellow, and red.
 WARM, HOT = 70, 90
 NEAR_FULL_PERCENT = 80
 # From these widths on, the table has rates, and images.
 WIDE, WIDEST = 110, 160
 STATE_WIDTH = 9
+NARROWEST = 5
 NAME_COLUMNS = ('NAMESPACE', 'POD', 'CONTAINER')
 SORTED_BY = {'c': 'cpu', 'm': 'memory', 'r': 'restarts'}
 LIVE_INTERVAL_SECONDS = 2
@@ -3420,8 +3421,9 @@ def heat(percent: Optional[float]) -> str:
 
 
 def bar(percent: float, view: View) -> str:
-    filled = min(BAR_WIDTH, max(0, round(percent / 100 * BAR_WIDTH)))
-    return '[' + paint('|' * filled, heat(percent) or GREEN, view) + ' ' * (BAR_WIDTH - filled) + ']'
+    width = BAR_WIDTH if view.width < WIDE else 3 * BAR_WIDTH
+    filled = min(width, max(0, round(percent / 100 * width)))
+    return '[' + paint('|' * filled, heat(percent) or GREEN, view) + ' ' * (width - filled) + ']'
 
 
 def per_second(before: Optional[float], after: Optional[float], seconds: float) -> Optional[float]:
@@ -3537,13 +3539,14 @@ def clip(line: str, width: int) -> str:
     return ''.join(pieces).rstrip()
 
 
-def column_widths(rows: Sequence[TableRow], view: View, fixed: int) -> Tuple[int, int, int]:
-    """Of namespace, pod and container: as wide as their widest name where there is room, else their share of it."""
-    wanted = [max(len(head), *(len(row[number]) for row in rows)) for number, head in enumerate(NAME_COLUMNS)]
-    room = view.width - fixed - 3
-    namespace = min(wanted[0], max(5, room // 4))
-    container = min(wanted[2], max(7, (room - namespace) * 2 // 5))
-    return namespace, min(wanted[1], max(8, room - namespace - container)), container
+def column_widths(rows: Sequence[TableRow], view: View, fixed: int) -> List[int]:
+    """Of namespace, pod and container: as wide as their widest name; where there is no room, a pod's name keeps the most."""
+    widths = [max(len(head), *(len(row[number]) for row in rows)) for number, head in enumerate(NAME_COLUMNS)]
+    shares, excess = (1, 2, 1), sum(widths) + len(widths) + fixed - view.width
+    for _ in range(excess):
+        widest = max(range(len(widths)), key=lambda number: widths[number] / shares[number])
+        widths[widest] = max(NARROWEST, widths[widest] - 1)
+    return widths
 
 
 def images_of(images: List[str], view: View) -> List[str]:

@@ -23,10 +23,12 @@ import logging
 import lzma
 import math
 import os
+import pty
 import py_compile
 import queue
 import random
 import re
+import select
 import shutil
 import signal
 import socket
@@ -37,6 +39,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import termios
 import textwrap
 import threading
 import time
@@ -54,6 +57,7 @@ import cri_pb2 as cri
 import grpc
 import kubensage_pb2 as wire
 from google.protobuf import json_format
+from google.protobuf.wrappers_pb2 import UInt64Value
 
 # --- texts
 
@@ -1806,6 +1810,263 @@ class OutputTest(AgentTest):
             with self.subTest(output):
                 run = run_on_tree(root, '--output', output, PYTHONIOENCODING='ascii')
                 self.assertEqual((0, []), (run.returncode, run.stderr.splitlines()[2 - (os.geteuid() == 0):]))
+
+
+# --- live view
+
+def sample(seconds: float, **node: Any) -> wire.Metrics:
+    """A node after so many seconds of the agent: every counter has gone on by 1000 a second."""
+    count = round(1000 * seconds)
+    defaults = dict(
+        hostname='node-a', platform='debian', platform_version='13', kernel_version='6.12.1', uptime=7200,
+        total_cpu_percentage=75.0, cpu_infos=[wire.CpuInfo(cpu=0), wire.CpuInfo(cpu=1)],
+        cpu_seconds=wire.CpuSeconds(user=3 * seconds, system=2 * seconds, idle=5 * seconds), total_memory=2**30,
+        memory_used_perc=50.0, memory_detail=wire.MemoryDetail(swap_total_bytes=2**30, swap_free_bytes=2**28),
+        load_average=wire.LoadAverage(load1=1.5, load5=2.5, load15=3.5), procs=99,
+        net_usage=wire.NetUsage(total_bytes_received=count, total_bytes_sent=2 * count),
+        disk_io_summary=wire.DiskIOSummary(total_read_bytes=3 * count, total_write_bytes=4 * count),
+        disk_usages=[wire.DiskUsage(mountpoint='/', used_percent=20), wire.DiskUsage(mountpoint='/data', used_percent=85),
+                     wire.DiskUsage(mountpoint='/nfs', stuck=True)],
+        container_runtime=wire.RuntimeMetrics(name='containerd', version='2.0', conditions={'RuntimeReady': True}))
+    return wire.Metrics(node_metrics=wire.NodeMetrics(**{**defaults, **node}), agent_metrics=wire.AgentMetrics(
+        uptime_seconds=seconds, cpu_seconds_total=seconds / 50, resident_bytes=2**25))
+
+
+def shown_container(name: str, seconds: float, cores: float = 0, memory: int = 0, **others: Any) -> wire.ContainerMetrics:
+    """Throttled in one period of four, where its limit is 2 cores."""
+    periods = round(10 * seconds)
+    cgroup = wire.CgroupMetrics(
+        cpu=wire.CgroupCpu(quota_usec=200000, period_usec=100000, nr_periods=periods, nr_throttled=periods // 4),
+        memory=wire.CgroupMemory(max_bytes=2**30),
+        io=[wire.CgroupIo(device='8:0', rbytes=round(2048 * seconds)), wire.CgroupIo(device='8:1', wbytes=round(4096 * seconds))])
+    return wire.ContainerMetrics(**{**dict(
+        id=name, name=name, state='CONTAINER_RUNNING', image=f'registry/{name}:1', cgroup=cgroup,
+        cpu_metrics=wire.CpuMetrics(usage_nano_cores=UInt64Value(value=round(cores * 1e9))),
+        memory_metrics=wire.MemoryMetrics(working_set_bytes=UInt64Value(value=memory))), **others})
+
+
+def shown_pods(seconds: float) -> List[wire.PodMetrics]:
+    interfaces = [wire.PodInterface(name=f'eth{n}', counters=wire.InterfaceCounters(
+        rx_bytes=round(512 * seconds), tx_bytes=round(256 * seconds))) for n in (0, 1)]
+    return [
+        wire.PodMetrics(id='1', namespace='shop', name='web', network_interfaces=interfaces, container_metrics=[
+            shown_container('nginx', seconds, 1.9, 2**28, restart_count=3)]),
+        wire.PodMetrics(id='2', namespace='kube-system', name='dns', container_metrics=[
+            shown_container('coredns', seconds, 0.25, 2**29, restart_count=7)]),
+        wire.PodMetrics(id='3', namespace='shop', name='job', container_metrics=[
+            shown_container('old', 0, state='CONTAINER_EXITED', status=wire.ContainerStatus(reason='OOMKilled', exit_code=137))])]
+
+
+def without_colors(text: str) -> str:
+    return re.sub(r'\x1b\[\d*m', '', text)
+
+
+class LiveViewTest(AgentTest):
+    def view(self, width: int = 80, height: Optional[int] = 24, **others: Any) -> str:
+        before, after = sample(10), sample(12)
+        before.pod_metrics.extend(shown_pods(10))
+        after.pod_metrics.extend(shown_pods(12))
+        return agent.render_view(before, after, agent.View(width, height, **others))
+
+    def test_eighty_columns(self) -> None:
+        self.assertEqual(self.view().splitlines(), [
+            'node-a  debian 13  Linux 6.12.1  up 2 h 0 min',
+            'cpu  [||||||||||    ]  75.0% of 2 CPUs  us 30 sy 20 ni 0 io 0 si 0 st 0',
+            'mem  [|||||||       ]  50.0% of 1.0 GiB  swap [||||||||||    ] 75% of 1.0 GiB',
+            'load 1.50 2.50 3.50  99 processes  stalled for not known',
+            'i/o  network in 1.0K/s out 2.0K/s   disks read 2.9K/s write 3.9K/s',
+            'disk /nfs STUCK  /data 85%  / 20%',
+            'cri  containerd 2.0 ready   agent 2.0% cpu 32.0 MiB',
+            '',
+            '3 pods, 2/3 containers running, by cpu   c m r: sort  n: namespace  q: quit',
+            'NAMESPACE   POD CONTAINER   CPU %LIM  THR   MEM %LIM RST STATE',
+            'shop        web nginx      1.90  95%  25%  256M  25%   3 running',
+            'kube-system dns coredns    0.25  12%  25%  512M  50%   7 running',
+            'shop        job old        0.00   0%          0   0%   0 OOMKilled'])
+
+    def test_two_hundred_columns_have_rates_and_images(self) -> None:
+        lines = self.view(200).splitlines()
+        self.assertEqual(lines[9:12], [
+            'NAMESPACE   POD CONTAINER   CPU %LIM  THR   MEM %LIM   RX/s  TX/s READ/s WRITE/s RST STATE     IMAGE',
+            'shop        web nginx      1.90  95%  25%  256M  25%   1.0K   512   2.0K    4.0K   3 running   registry/nginx:1',
+            'kube-system dns coredns    0.25  12%  25%  512M  50%      -     -   2.0K    4.0K   7 running   registry/coredns:1'])
+
+    def test_keys_sort_and_go_through_the_namespaces(self) -> None:
+        metrics = wire.Metrics(pod_metrics=shown_pods(1))
+        first = {'c': 'nginx', 'm': 'coredns', 'r': 'coredns'}
+        for key, name in first.items():
+            view = agent.press_key(agent.View(80), key, metrics)
+            self.assertIn(name, agent.render_view(None, metrics, view).splitlines()[10], key)
+            self.assertIn(f'by {agent.SORTED_BY[key]}', agent.render_view(None, metrics, view))
+        view, seen = agent.View(80), []
+        for _ in range(4):
+            view = agent.press_key(view, 'n', metrics)
+            seen.append(view.namespace)
+        self.assertEqual(seen, ['kube-system', 'shop', '', 'kube-system'])
+        only = agent.render_view(None, metrics, view)
+        self.assertTrue('coredns' in only and 'nginx' not in only and '1 pod in kube-system' in only, only)
+        for key in ('x', 'q', '\x1b', '\n'):
+            self.assertEqual(agent.press_key(view, key, metrics), view)
+        self.assertEqual(agent.press_key(view._replace(namespace='gone'), 'n', metrics).namespace, '')
+        self.assertEqual(agent.press_key(view, 'n', None), view)
+
+    def test_never_wider_or_higher_than_the_view(self) -> None:
+        after = sample(1)
+        after.pod_metrics.extend(
+            wire.PodMetrics(id=str(n), namespace=f'{"n" * 30}{n}', name='p' * 200, container_metrics=[
+                shown_container('c' * 99, 1, 300, 2**55, id=str(n), restart_count=12345)]) for n in range(300))
+        after.node_metrics.disk_usages.extend(wire.DiskUsage(mountpoint='/' + 'm' * 50, used_percent=99) for _ in range(20))
+        for width, height in ((40, 8), (40, 9), (80, 24), (109, 11), (110, 50), (160, 12), (200, 50), (80, 1000)):
+            for color in (False, True):
+                with self.subTest(width=width, height=height, color=color):
+                    lines = without_colors(agent.render_view(None, after, agent.View(width, height, color=color))).split('\n')
+                    self.assertLessEqual(max(map(len, lines)), width)
+                    self.assertLessEqual(len(lines), height)
+                    if height < 300:
+                        self.assertEqual(lines[-1], f'... {310 - height + 1} more')
+        self.assertEqual(agent.render_view(None, after, agent.View(200)).count('\n'), 309)
+
+    def test_colours_tell_what_is_wrong_and_nothing_else_is_a_control_code(self) -> None:
+        self.assertNotIn('\x1b', self.view(200))
+        text = self.view(200, color=True)
+        for color, marked in ((agent.RED, '/nfs STUCK'), (agent.YELLOW, '/data 85%'), (agent.RED, ' 95%'),
+                              (agent.YELLOW, 'OOMKilled'), (agent.BOLD, 'node-a'), (agent.YELLOW, '|||||||||||||||')):
+            with self.subTest(marked):
+                self.assertIn(color + marked, text)
+        self.assertNotIn(agent.YELLOW + '/ 20%', text)
+        self.assertEqual(without_colors(text), self.view(200))
+
+    def test_a_runtime_in_trouble_is_named(self) -> None:
+        for runtime, expected in (
+                (wire.RuntimeMetrics(name='cri-o', version='1', conditions={'RuntimeReady': True, 'NetworkReady': False}),
+                 'cri  cri-o 1 NOT READY (NetworkReady)'),
+                (wire.RuntimeMetrics(name='cri-o', version='1'), 'cri  cri-o 1 '),
+                (wire.RuntimeMetrics(), 'cri  no container runtime found')):
+            with self.subTest(expected):
+                self.assertIn(expected, agent.render_view(None, sample(1, container_runtime=runtime), agent.View(80)))
+        before, after = sample(1), sample(2)
+        before.agent_metrics.failures_total.update({'disks': 3})
+        after.agent_metrics.failures_total.update({'disks': 3, 'memory': 1})
+        self.assertIn('  in trouble: memory\n', agent.render_view(before, after, agent.View(80)))
+
+    def test_names_are_not_control_codes(self) -> None:
+        evil = 'a\x1b[31m\x9bm\x07\r\n\u202eb'
+        metrics = sample(1, hostname=evil, platform=evil, disk_usages=[
+            wire.DiskUsage(mountpoint=evil), wire.DiskUsage(mountpoint=evil, stuck=True)],
+            container_runtime=wire.RuntimeMetrics(name=evil, version=evil, conditions={evil: False}))
+        metrics.agent_metrics.failures_total[evil] = 1
+        metrics.pod_metrics.add(name=evil, namespace=evil, container_metrics=[wire.ContainerMetrics(
+            name=evil, state=evil, image=evil)])
+        for view in (agent.View(400), agent.View(400, namespace=evil)):
+            text = agent.render_view(None, metrics, view)
+            self.assertEqual({char for char in text if not char.isprintable()}, {'\n'})
+            self.assertGreaterEqual(text.count('a?[31m?m????b'), 11)
+
+    def test_unknown_values_are_not_shown_as_zero(self) -> None:
+        for metrics in (wire.Metrics(), wire.Metrics(pod_metrics=[wire.PodMetrics(container_metrics=[wire.ContainerMetrics()])])):
+            text = agent.render_view(None, metrics, agent.View(200))
+            self.assertNotIn('0', ''.join(text.splitlines()[:6]))
+
+    def test_rates_need_two_samples_of_one_counter(self) -> None:
+        self.check_table(agent.per_second, [
+            ((None, 1, 1), None), ((1, None, 1), None), ((1, 2, 0), None), ((2, 1, 1), None), ((10, 30, 4), 5.0), ((0, 0, 2), 0.0)])
+
+    def test_numbers_take_five_columns_at_most(self) -> None:
+        self.check_table(agent.human_short, [
+            ((0,), '0'), ((998,), '998'), ((1023,), '1.0K'), ((1536,), '1.5K'), ((34 * 2**20,), '34M'),
+            ((1.1 * 2**30,), '1.1G'), ((5 * 2**50,), '5P')])
+        self.assertLessEqual(max(len(agent.human_short(1.07 ** n)) for n in range(500)), 5)
+
+    def test_a_frame_clears_what_was_there(self) -> None:
+        self.assertEqual(agent.render_frame('a\nb'), '\x1b[Ha\x1b[K\r\nb\x1b[K\x1b[J')
+
+
+class Terminal:
+    """The agent on a terminal of its own."""
+
+    def __init__(self, test: AgentTest, *arguments: str, size: Tuple[int, int] = (24, 80), **environment: str):
+        self.master, self.slave = pty.openpty()
+        self.text = ''
+        self.resize(*size)
+        self.before = termios.tcgetattr(self.slave)
+        root = test.tree({'proc/sys/kernel/hostname': 'node-pty\n', 'proc/loadavg': '0.01 0.02 0.03 1/2 3\n'})
+        clean = {name: value for name, value in os.environ.items()
+                 if not name.startswith('KUBENSAGE_') and name not in ('NO_COLOR', 'COLUMNS', 'LINES')}
+        self.process = subprocess.Popen(
+            [sys.executable, *(arguments or (agent.__file__,)), '--procfs', f'{root}/proc', '--sysfs', f'{root}/sys',
+             '--rootfs', root, '--cri-socket', f'{root}/no.sock', '--main-loop-duration', '60'],
+            stdin=self.slave, stdout=self.slave, stderr=self.slave, env={**clean, **environment}, start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
+        test.addCleanup(self.close)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self.master)
+        os.close(self.slave)
+
+    def resize(self, rows: int, columns: int) -> None:
+        fcntl.ioctl(self.master, termios.TIOCSWINSZ, struct.pack('HHHH', rows, columns, 0, 0))
+
+    def wait_for(self, text: str) -> str:
+        """What is written up to and with this text, from where the last wait ended."""
+        until = time.monotonic() + PATIENCE_SECONDS
+        while text not in self.text:
+            if not select.select([self.master], [], [], max(0, until - time.monotonic()))[0]:
+                raise AssertionError(f'{text!r} is not in {self.text!r}')
+            self.text += os.read(self.master, 65536).decode()
+        seen, _, self.text = self.text.partition(text)
+        return seen + text
+
+    def press(self, keys: str) -> None:
+        os.write(self.master, keys.encode())
+
+
+class TerminalTest(AgentTest):
+    def check_left(self, terminal: Terminal, code: int) -> None:
+        """The screen and the terminal's attributes are as they were."""
+        terminal.wait_for(agent.PLAIN + agent.LEAVE_SCREEN)
+        self.assertEqual(terminal.process.wait(PATIENCE_SECONDS), code)
+        self.assertEqual(termios.tcgetattr(terminal.slave), terminal.before)
+
+    def test_keys_and_a_new_size_redraw_at_once_and_q_ends_it(self) -> None:
+        terminal = Terminal(self)
+        self.assertIn('node-pty', terminal.wait_for('by cpu   c m r: sort  n: namespace  q: quit'))
+        self.assertFalse(termios.tcgetattr(terminal.slave)[3] & (termios.ECHO | termios.ICANON))
+        terminal.press('m')
+        terminal.wait_for('by memory')
+        terminal.wait_for(agent.CLEAR_BELOW)
+        terminal.resize(24, 60)
+        line = without_colors(terminal.wait_for(agent.CLEAR_BELOW)).splitlines()[-1]
+        self.assertEqual(line.split('\x1b')[0], '0 pods, 0/0 containers running, by memory   c m r: sort  n:')
+        terminal.press('rq')
+        self.check_left(terminal, 0)
+
+    def test_signals_leave_the_terminal_as_it_was(self) -> None:
+        terminals = [Terminal(self), Terminal(self), Terminal(self, NO_COLOR='1')]
+        for terminal in terminals:
+            drawn = terminal.wait_for(agent.CLEAR_BELOW)
+            self.assertEqual(agent.BOLD in drawn, terminal is not terminals[2])
+        terminals[0].process.terminate()
+        self.check_left(terminals[0], 0)
+        terminals[1].press('\x1a\x03')
+        self.check_left(terminals[1], 0)
+        terminals[2].press('q')
+        self.check_left(terminals[2], 0)
+
+    def test_a_crash_and_a_second_interrupt_leave_the_terminal_as_it_was(self) -> None:
+        """A crash that the loop does not survive, and a cycle that hangs while Ctrl-C is pressed twice."""
+        crash = 'agent.stopped_within = lambda *arguments: 1 / 0'
+        hang = 'agent.run_cycle = lambda *arguments: (print("hung", flush=True), time.sleep(60))'
+        crashed, hung = (Terminal(self, '-c', f'import sys, time; sys.path.insert(0, {os.path.dirname(agent.__file__)!r}); '
+                                  f'import agent; {fault}; sys.exit(agent.main())') for fault in (crash, hang))
+        self.check_left(crashed, 1)
+        crashed.wait_for('ZeroDivisionError')
+        hung.wait_for('hung')
+        hung.press('\x03')
+        time.sleep(0.1)
+        hung.press('\x03')
+        self.check_left(hung, 130)
 
 
 # --- log
