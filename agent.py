@@ -4950,8 +4950,9 @@ def print_service(options: argparse.Namespace, arguments: Sequence[str], roots: 
         program = getattr(globals().get('__loader__'), 'archive', None) or __file__
         text = render_unit(options, sys.executable, os.path.abspath(program), arguments)
     else:
-        sockets = [path for path in collect_endpoints(roots, options.cri_socket) if read_socket_inode(path)]
-        text = render_daemonset(options, arguments, (sockets or CRI_SOCKETS)[0])
+        endpoints = collect_endpoints(roots, options.cri_socket)
+        present = [path for path in endpoints if read_socket_inode(path)]
+        text = render_daemonset(options, arguments, (present or (endpoints if options.cri_socket else CRI_SOCKETS))[0])
     sys.stdout.write(text)
     return 0
 

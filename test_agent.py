@@ -1832,7 +1832,7 @@ def sample(seconds: float, **node: Any) -> wire.Metrics:
         uptime_seconds=seconds, cpu_seconds_total=seconds / 50, resident_bytes=2**25))
 
 
-def shown_container(name: str, seconds: float, cores: float = 0, memory: int = 0, **others: Any) -> wire.ContainerMetrics:
+def shown_container(container_id: str, seconds: float, cores: float = 0, memory: int = 0, **others: Any) -> wire.ContainerMetrics:
     """Throttled in one period of four, where its limit is 2 cores."""
     periods = round(10 * seconds)
     cgroup = wire.CgroupMetrics(
@@ -1840,7 +1840,7 @@ def shown_container(name: str, seconds: float, cores: float = 0, memory: int = 0
         memory=wire.CgroupMemory(max_bytes=2**30),
         io=[wire.CgroupIo(device='8:0', rbytes=round(2048 * seconds)), wire.CgroupIo(device='8:1', wbytes=round(4096 * seconds))])
     return wire.ContainerMetrics(**{**dict(
-        id=name, name=name, state='CONTAINER_RUNNING', image=f'registry/{name}:1', cgroup=cgroup,
+        id=container_id, name=container_id, state='CONTAINER_RUNNING', image=f'registry/{container_id}:1', cgroup=cgroup,
         cpu_metrics=wire.CpuMetrics(usage_nano_cores=UInt64Value(value=round(cores * 1e9))),
         memory_metrics=wire.MemoryMetrics(working_set_bytes=UInt64Value(value=memory))), **others})
 
@@ -2067,6 +2067,311 @@ class TerminalTest(AgentTest):
         time.sleep(0.1)
         hung.press('\x03')
         self.check_left(hung, 130)
+
+
+# --- Prometheus
+
+def exposed_metrics() -> wire.Metrics:
+    disks = [wire.DiskUsage(device='/dev/a', fstype='ext4', mountpoint='/', total=100, free=40, read_only=False),
+             wire.DiskUsage(device='nas:/', fstype='nfs', mountpoint='/nfs', stuck=True)]
+    interfaces = [wire.InterfaceStat(name=f'eth{n}', operstate='up', speed_mbits=1000,
+                                     counters=wire.InterfaceCounters(rx_bytes=11 + n)) for n in (0, 1)]
+    kubelet = wire.ServiceMetrics(name='kubelet.service', cgroup=wire.CgroupMetrics(cpu=wire.CgroupCpu(usage_usec=1500000)))
+    metrics = sample(10, disk_usages=disks, network_interfaces=interfaces, services=[kubelet], boot_time=1700000000,
+                     vmstat=wire.Vmstat(oom_kill=2),
+                     psi_cpu_metrics=wire.PsiMetrics(some=wire.PsiData(total=UInt64Value(value=3815668))))
+    metrics.timestamp = 1700000123
+    metrics.pod_metrics.extend(shown_pods(10))
+    # The same container before its restart, and the same pod with a sandbox before this one.
+    metrics.pod_metrics[0].container_metrics.insert(0, shown_container(
+        'before', 10, state='CONTAINER_EXITED', name='nginx', created_at=1, status=wire.ContainerStatus(exit_code=1)))
+    metrics.pod_metrics[0].container_metrics[1].created_at = 2
+    metrics.pod_metrics.add(id='0', namespace='shop', name='web', created_at=-1, container_metrics=[shown_container('nginx', 1)])
+    metrics.agent_metrics.failures_total['memory'] = 3
+    metrics.agent_metrics.cri_methods.add(method='Version', calls_total=4, seconds_total=0.25)
+    return metrics
+
+
+GOLDEN_EXPOSITION = '''\
+node_network_up{device="eth1"} 1
+# HELP node_boot_time_seconds Node boot time, in unixtime.
+# TYPE node_boot_time_seconds gauge
+node_boot_time_seconds 1700000000
+# HELP node_load1 1m load average.
+# TYPE node_load1 gauge
+node_load1 1.5
+node_memory_MemTotal_bytes 1073741824
+# TYPE node_vmstat_oom_kill untyped
+node_vmstat_oom_kill 2
+node_pressure_cpu_waiting_seconds_total 3.815668
+node_filesystem_size_bytes{device="/dev/a",fstype="ext4",mountpoint="/"} 100
+node_filesystem_avail_bytes{device="/dev/a",fstype="ext4",mountpoint="/"} 40
+node_filesystem_readonly{device="/dev/a",fstype="ext4",mountpoint="/"} 0
+node_filesystem_device_error{device="nas:/",fstype="nfs",mountpoint="/nfs"} 1
+node_network_speed_bytes{device="eth1"} 125000000
+# TYPE node_network_receive_bytes_total counter
+node_network_receive_bytes_total{device="eth0"} 11
+node_network_receive_bytes_total{device="eth1"} 12
+kubensage_container_info{namespace="shop",pod="web",container="nginx",image="registry/nginx:1",state="CONTAINER_RUNNING",reason=""} 1
+container_cpu_cfs_throttled_periods_total{namespace="shop",pod="web",container="nginx"} 25
+container_spec_memory_limit_bytes{namespace="shop",pod="web",container="nginx"} 1073741824
+container_memory_working_set_bytes{namespace="shop",pod="web",container="nginx"} 268435456
+kubensage_container_restarts{namespace="kube-system",pod="dns",container="coredns"} 7
+kubensage_container_exit_code{namespace="shop",pod="job",container="old"} 137
+container_fs_reads_bytes_total{namespace="shop",pod="web",container="nginx",device="8:0"} 20480
+container_network_receive_bytes_total{namespace="shop",pod="web",interface="eth1"} 5120
+kubensage_snapshot_timestamp_seconds 1700000123
+kubensage_agent_failures_total{subject="memory"} 3
+kubensage_runtime_condition{condition="RuntimeReady"} 1
+kubensage_agent_resident_bytes 33554432
+kubensage_cri_seconds_total{method="Version"} 0.25
+kubensage_service_cpu_usage_seconds_total{service="kubelet.service"} 1.5
+'''
+
+
+def series_of(text: str) -> List[str]:
+    return [line.rpartition(' ')[0] for line in text.splitlines() if not line.startswith('#')]
+
+
+class PrometheusTest(AgentTest):
+    def test_golden_lines_in_order(self) -> None:
+        lines = iter(agent.render_prometheus(exposed_metrics()).splitlines())
+        for line in GOLDEN_EXPOSITION.splitlines():
+            self.assertIn(line, lines)
+
+    def test_each_family_is_named_and_typed_once_and_no_series_is_there_twice(self) -> None:
+        for openmetrics in (False, True):
+            text = agent.render_exposition(exposed_metrics(), openmetrics)
+            kinds = dict(re.findall('^# TYPE (\\S+) (\\S+)$', text, re.M))
+            for word in ('HELP', 'TYPE'):
+                names = re.findall(f'^# {word} (\\S+) .', text, re.M)
+                self.assertEqual(len(names), len(set(names)))
+                self.assertEqual(set(names), set(kinds))
+            series = series_of(text)
+            self.assertEqual([name for name, count in collections.Counter(series).items() if count > 1], [])
+            for name in {line.partition('{')[0] for line in series}:
+                family = name[:-6] if openmetrics and name.endswith('_total') else name
+                self.assertEqual(kinds[family], 'counter' if name.endswith('_total') else kinds[family], name)
+                self.assertNotEqual(kinds[family], 'counter' if not name.endswith('_total') else '', name)
+            self.assertEqual(set(kinds.values()), {'counter', 'gauge', 'unknown' if openmetrics else 'untyped'})
+
+    def test_every_sample_has_a_grammar_and_no_label_that_explodes(self) -> None:
+        labels = set()
+        for line in agent.render_prometheus(exposed_metrics()).splitlines():
+            if not line.startswith('#'):
+                self.assertRegex(line, r'\A[a-z_A-Z][a-zA-Z0-9_]*(\{([a-z_]+="([^"\\\n]|\\.)*",?)+\})? -?[0-9.e+-]+\Z')
+                labels.update(re.findall(r'[{,]([a-z_]+)="', line))
+        self.assertEqual(labels & {'pid', 'id', 'uid', 'container_id', 'pod_uid', 'path', 'run_id'}, set())
+
+    def test_label_values_are_escaped(self) -> None:
+        self.assertEqual(agent.render_sample('a', (('l', 'x"\\\n{},=€'),), 1), 'a{l="x\\"\\\\\\n{},=€"} 1\n')
+
+    def test_numbers(self) -> None:
+        for value, text in ((0, '0'), (True, '1'), (0.1, '0.1'), (2**53, str(2**53)), (2**64 - 1, str(2**64 - 1)), (1e-6, '1e-06'),
+                            (math.nan, 'nan'), (math.inf, 'inf')):
+            self.assertEqual(agent.render_sample('a', (), value), f'a {text}\n')
+
+    def test_the_container_that_runs_and_the_last_sandbox_count(self) -> None:
+        text = agent.render_prometheus(exposed_metrics())
+        self.assertIn('container_cpu_cfs_periods_total{namespace="shop",pod="web",container="nginx"} 100\n', text)
+        self.assertNotIn('kubensage_container_exit_code{namespace="shop",pod="web"', text)
+
+    def test_every_row_names_a_field(self) -> None:
+        """A path that no message has would be an error at the first scrape of a node that has the message."""
+        for rows, message in (
+                (agent.NODE_SAMPLES, wire.NodeMetrics), (agent.DISK_SAMPLES, wire.DiskIo), (agent.CGROUP_CPU_SAMPLES, wire.CgroupMetrics),
+                (agent.FILE_SYSTEM_SAMPLES, wire.DiskUsage), (agent.INTERFACE_SAMPLES, wire.InterfaceStat),
+                (agent.POD_INTERFACE_SAMPLES, wire.PodInterface), (agent.CONTAINER_SAMPLES, wire.ContainerMetrics),
+                (agent.CGROUP_IO_SAMPLES, wire.CgroupIo), (agent.AGENT_SAMPLES, wire.AgentMetrics),
+                (agent.CRI_SAMPLES, wire.CriMethodMetrics)):
+            for name, text, path, _ in rows:
+                with self.subTest(name):
+                    self.assertRegex(text, r'\A[^\n\\]+\.\Z')
+                    descriptor = message.DESCRIPTOR
+                    for part in path.split('.'):
+                        self.assertIn(part, descriptor.fields_by_name)
+                        descriptor = descriptor.fields_by_name[part].message_type
+
+    def test_an_empty_snapshot_has_no_node_metrics(self) -> None:
+        names = {line.partition('{')[0].partition(' ')[0] for line in series_of(agent.render_prometheus(wire.Metrics()))}
+        self.assertEqual({name for name in names if not name.startswith('kubensage_')} - {'node_uname_info'}, set())
+
+    def test_once_writes_it_to_stdout(self) -> None:
+        run = run_on_tree(self.tree(NODE), '--output', 'prometheus')
+        self.assertEqual(run.returncode, 0, run.stderr)
+        self.assertIn('\nnode_memory_MemTotal_bytes 4111904768\n', run.stdout)
+        self.assertTrue(run.stdout.startswith('# HELP ') and run.stdout.endswith('\n') and '# EOF' not in run.stdout)
+
+
+# --- HTTP
+
+class HttpTest(AgentTest):
+    def serve(self, host: str = '127.0.0.1') -> agent.Published:
+        self.published = agent.Published(5)
+        server = agent.http_server(f'{host}:0', self.published)
+        self.address = server.server_address[:2]
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        self.addCleanup(thread.join)
+        self.addCleanup(agent.stop_listening, server)
+        return self.published
+
+    def connect(self) -> socket.socket:
+        connection = socket.create_connection(self.address, PATIENCE_SECONDS)
+        self.addCleanup(connection.close)
+        return connection
+
+    def ask(self, request: str) -> Tuple[int, Dict[str, str], str]:
+        """Status, headers and body of the answer to these bytes."""
+        connection = self.connect()
+        connection.sendall(request.encode())
+        with connection.makefile('rb') as file:
+            head, _, body = file.read().decode().partition('\r\n\r\n')
+        status, *headers = head.split('\r\n')
+        return int(status.split()[1]), dict(header.split(': ', 1) for header in headers), body
+
+    def get(self, path: str, accept: str = '*/*', method: str = 'GET') -> Tuple[int, Dict[str, str], str]:
+        return self.ask(f'{method} {path} HTTP/1.1\r\nHost: node\r\nAccept: {accept}\r\n\r\n')
+
+    def test_metrics_in_the_format_that_is_asked_for(self) -> None:
+        agent.publish(self.serve(), exposed_metrics())
+        for accept, content_type, last in (
+                ('*/*', agent.TEXT_TYPE, 'kubensage_snapshot_age_seconds '),
+                ('text/plain;version=0.0.4', agent.TEXT_TYPE, 'kubensage_snapshot_age_seconds '),
+                ('application/openmetrics-text;version=1.0.0;q=0.5,text/plain;q=0.3', agent.OPENMETRICS_TYPE, '# EOF')):
+            status, headers, body = self.get('/metrics?collect[]=x', accept)
+            self.assertEqual((status, headers['Content-Type']), (200, content_type))
+            self.assertEqual(int(headers['Content-Length']), len(body.encode()))
+            self.assertTrue(body.splitlines()[-1].startswith(last), body[-200:])
+            self.assertEqual((body[-1], body.count('# EOF')), ('\n', last == '# EOF'))
+            self.assertRegex(body, r'\nkubensage_snapshot_age_seconds \d')
+
+    def test_a_scrape_renders_once_and_a_new_snapshot_replaces_the_last(self) -> None:
+        published = self.serve()
+        agent.publish(published, sample(1))
+        with mock.patch.object(agent, 'render_exposition', wraps=agent.render_exposition) as render:
+            for _ in range(3):
+                self.assertIn('kubensage_agent_uptime_seconds 1\n', self.get('/metrics')[2])
+            self.assertEqual(render.call_count, 1)
+            agent.publish(published, sample(2))
+            self.assertIn('kubensage_agent_uptime_seconds 2\n', self.get('/metrics')[2])
+
+    def test_health(self) -> None:
+        published = self.serve()
+        self.assertEqual(self.get('/healthz')[::2], (503, 'no snapshot yet\n'))
+        self.assertEqual(self.get('/metrics')[0], 503)
+        agent.publish(published, sample(1))
+        self.assertEqual(self.get('/healthz')[::2], (200, 'ok\n'))
+        published.taken -= 14
+        self.assertEqual(self.get('/healthz')[0], 200)
+        published.taken -= 2
+        self.assertEqual(self.get('/healthz')[::2], (503, 'no snapshot for 16 s\n'))
+        published.interval = 60
+        self.assertEqual(self.get('/healthz')[0], 200)
+
+    def test_the_page_says_what_it_is(self) -> None:
+        published = self.serve()
+        self.assertIn('this node', self.get('/')[2])
+        agent.publish(published, sample(1, hostname='<b>&'))
+        status, headers, body = self.get('/')
+        self.assertEqual((status, headers['Content-Type']), (200, 'text/html; charset=utf-8'))
+        self.assertIn('&lt;b&gt;&amp;', body)
+        self.assertIn(agent.__version__, body)
+
+    def test_no_path_leads_to_files_and_nothing_but_get_is_answered(self) -> None:
+        agent.publish(self.serve(), sample(1))
+        for path in ('/../etc/passwd', '/%2e%2e/etc/passwd', '/metrics/', '/etc/passwd', '//etc/passwd', '/healthz/../metrics', '*',
+                     'http://node/etc/passwd'):
+            with self.subTest(path):
+                self.assertEqual(self.get(path)[::2], (404, 'not here: /metrics, /healthz\n'))
+        for method in ('HEAD', 'POST', 'PUT', 'DELETE', 'OPTIONS', 'TRACE', 'CONNECT'):
+            with self.subTest(method):
+                self.assertIn(self.get('/metrics', method=method)[0], (405, 501))
+
+    def test_requests_that_are_too_long_or_nonsense_are_refused(self) -> None:
+        agent.publish(self.serve(), sample(1))
+        self.assertEqual(self.get('/' + 'a' * 70000)[0], 414)
+        self.assertEqual(self.ask('GET / HTTP/1.1\r\n' + 'A: b\r\n' * 200 + '\r\n')[0], 431)
+        self.assertEqual(self.get('/healthz')[0], 200)
+
+    def test_half_open_connections_keep_no_one_out_and_the_oldest_makes_room(self) -> None:
+        agent.publish(self.serve(), sample(1))
+        half_open = [self.connect() for _ in range(50)]
+        for connection in half_open:
+            connection.sendall(b'GET /metrics HT')
+        self.assertEqual(self.get('/metrics')[0], 200)
+        self.assertEqual(half_open[0].recv(1), b'')
+        self.assertLessEqual(sum('process_request' in thread.name for thread in threading.enumerate()), agent.MAX_CONNECTIONS + 1)
+        half_open[-1].sendall(b'TP/1.0\r\n\r\n')
+        self.assertEqual(half_open[-1].recv(12), b'HTTP/1.0 200')
+
+    def test_a_connection_that_says_nothing_is_dropped(self) -> None:
+        with mock.patch.object(agent, 'HTTP_TIMEOUT_SECONDS', 0.1):
+            self.serve()
+        self.assertEqual(self.connect().recv(1), b'')
+
+    def test_a_client_that_reads_slowly_delays_no_other(self) -> None:
+        published = self.serve()
+        metrics = sample(1)
+        metrics.pod_metrics.extend(wire.PodMetrics(namespace='n' * 200, name=f'{n}' * 50) for n in range(5000))
+        agent.publish(published, metrics)
+        slow = socket.socket()
+        self.addCleanup(slow.close)
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+        slow.connect(self.address)
+        slow.sendall(b'GET /metrics HTTP/1.0\r\n\r\n')
+        self.assertEqual(slow.recv(12), b'HTTP/1.0 200')
+        started = time.monotonic()
+        agent.publish(published, sample(2))
+        self.assertIn('kubensage_agent_uptime_seconds 2\n', self.get('/metrics')[2])
+        self.assertLess(time.monotonic() - started, 2)
+
+    def test_many_at_once_get_the_same(self) -> None:
+        agent.publish(self.serve(), exposed_metrics())
+        with concurrent.futures.ThreadPoolExecutor(16) as pool:
+            answers = list(pool.map(lambda _: self.get('/metrics'), range(100)))
+        self.assertEqual({status for status, _, _ in answers}, {200})
+        self.assertEqual(len({body.rpartition('kubensage_snapshot_age')[0] for _, _, body in answers}), 1)
+
+    def test_ipv6(self) -> None:
+        try:
+            agent.publish(self.serve('[::1]'), sample(1))
+        except OSError as error:
+            self.skipTest(f'no IPv6 here: {error}')
+        self.assertEqual(self.get('/healthz')[0], 200)
+
+    def test_an_address_that_cannot_be_had_is_one_line_and_1(self) -> None:
+        with contextlib.closing(socket.socket()) as taken:
+            taken.bind(('127.0.0.1', 0))
+            taken.listen()
+            port = taken.getsockname()[1]
+            for address, reason in ((f'127.0.0.1:{port}', 'Address already in use'), ('nowhere.invalid:1', 'Name|name|resolution')):
+                run = run_agent('--listen', address, '--procfs', '/nowhere', '--sysfs', '/nowhere', '--rootfs', self.directory())
+                last = run.stderr.splitlines()[-1]
+                self.assertEqual((run.returncode, run.stdout, 'Traceback' in run.stderr), (1, '', False), run.stderr)
+                self.assertRegex(last, f'ERROR --listen {re.escape(address)}: .*({reason})')
+
+    def test_the_agent_serves_without_a_relay_and_ends_at_once(self) -> None:
+        with contextlib.closing(socket.socket()) as free:
+            free.bind(('127.0.0.1', 0))
+            self.address = free.getsockname()
+        root = self.tree(NODE)
+        process = subprocess.Popen(
+            [sys.executable, agent.__file__, '--procfs', f'{root}/proc', '--sysfs', f'{root}/sys', '--rootfs', root, '--cri-socket',
+             f'{root}/no.sock', '--main-loop-duration', '0.1', '--listen', '{}:{}'.format(*self.address)],
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        self.addCleanup(process.stdout.close)
+        self.addCleanup(process.kill)
+        until = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            try:
+                if self.get('/healthz')[0] == 200 or time.monotonic() > until:
+                    break
+            except OSError:
+                time.sleep(0.02)
+        self.assertIn('\nnode_memory_MemTotal_bytes 4111904768\n', self.get('/metrics')[2])
+        process.terminate()
+        self.assertEqual((process.wait(PATIENCE_SECONDS), process.stdout.read()), (0, b''))
 
 
 # --- log
@@ -2306,6 +2611,116 @@ class CommandLineTest(AgentTest):
                              encoding='utf-8',
                              env={**os.environ, 'PYTHONPATH': os.pathsep.join([os.path.dirname(path), *sys.path])})
         self.assertEqual('[] 0\n', run.stdout)
+
+
+# --- where snapshots go
+
+class SettleOutputTest(AgentTest):
+    def test_table(self) -> None:
+        relay, listen, once = '--relay-address=r:1', '--listen=127.0.0.1:1', '--once'
+        for arguments, terminal, output, live, interval in (
+                ((), True, None, True, 2), ((), False, 'json', False, 5), ((once,), True, 'table', False, 5),
+                ((once,), False, 'json', False, 5), ((relay,), True, None, False, 5), ((relay,), False, None, False, 5),
+                ((listen,), True, None, False, 5), ((listen,), False, None, False, 5), ((once, relay), True, None, False, 5),
+                ((once, listen), False, 'json', False, 5), ((relay, '--output=json'), True, 'json', False, 5),
+                (('--output=table',), True, 'table', False, 5), (('--main-loop-duration=7',), True, None, True, 7),
+                (('--main-loop-duration', '7'), True, None, True, 7), (('--once=false',), True, None, True, 2)):
+            with self.subTest(arguments=arguments, terminal=terminal):
+                options = agent.parse_options(arguments, {}, terminal)
+                self.assertEqual((options.output, options.live, options.main_loop_duration), (output, live, interval))
+        self.assertEqual(agent.parse_options([], {'KUBENSAGE_MAIN_LOOP_DURATION': '9'}, True).main_loop_duration, 9)
+
+
+# --- service
+
+class ServiceTest(AgentTest):
+    def unit(self, *arguments: str) -> Dict[str, List[str]]:
+        """The settings of the unit, each with all its values."""
+        self.text = agent.render_unit(agent.parse_options(arguments, {}), '/usr/bin/python3', '/opt/agent.pyz', arguments)
+        settings: Dict[str, List[str]] = collections.defaultdict(list)
+        for line in self.text.splitlines():
+            name, equals, value = line.partition('=')
+            if equals:
+                settings[name].append(value)
+        return settings
+
+    def test_flags_are_kept_but_for_those_of_this_call(self) -> None:
+        for arguments, expected in (
+                (('--print-unit',), ''),
+                (('--print-unit', '--once', '--output', 'json', '--top-n', '3'), ' --top-n=3'),
+                (('--print-unit=true', '--output=table', '--listen', '[::]:1'), ' --listen=[::]:1'),
+                (('--print-unit', 'true', '--log-compress', '--relay-tls=false'), ' --log-compress=true --relay-tls=false'),
+                (('--main-loop-duration=10', '--buffer-retention', '0.5'), ' --buffer-retention=0.5 --main-loop-duration=10'),
+                (('--relay-address=r:1',), ' --relay-address=r:1 --spool-dir=/var/lib/kubensage-agent'),
+                (('--relay-address=r:1', '--spool-dir', '/s'), ' --relay-address=r:1 --spool-dir=/s'),
+                (('--relay-ca', 'ca.pem'), f' --relay-ca={os.getcwd()}/ca.pem')):
+            with self.subTest(arguments):
+                self.assertEqual(self.unit(*arguments)['ExecStart'], ['/usr/bin/python3 -I /opt/agent.pyz' + expected])
+
+    def test_quoting(self) -> None:
+        self.check_table(agent.systemd_quote, [
+            (('--a=b',), '--a=b'), (('a b',), '"a b"'), (('50%',), '50%%'), (('$HOME',), '$$HOME'), (('a"b',), '"a\\"b"'),
+            (('a\\b',), 'a\\\\b'), (("it's",), '"it\'s"'), (('a;b',), '"a;b"'), (('',), '""'), (('a\nb',), 'a\\nb')])
+
+    def test_it_is_watched_and_may_write_where_it_must(self) -> None:
+        unit = self.unit('--main-loop-duration', '30', '--spool-dir', '/data/my spool', '--log-file', '/logs/a.log')
+        self.assertEqual((unit['Type'], unit['Restart'], unit['WatchdogSec']), (['notify'], ['always'], ['300']))
+        self.assertEqual(unit['ReadWritePaths'], ['"-/data/my spool"', '-/logs'])
+        self.assertEqual(self.unit()['WatchdogSec'], ['60'])
+        for directory in ('StateDirectory', 'CacheDirectory', 'LogsDirectory'):
+            self.assertEqual(len(unit[directory]), 1)
+        self.assertEqual(f'/var/lib/{unit["StateDirectory"][0]}', agent.STATE_DIRECTORY)
+        self.assertEqual(f'/var/log/{unit["LogsDirectory"][0]}', os.path.dirname(agent.DEFAULT_LOG_FILE))
+
+    def test_nothing_blinds_it(self) -> None:
+        unit = self.unit()
+        for setting in ('ProcSubset', 'ProtectProc', 'PrivateNetwork', 'PrivateUsers', 'ProtectClock', 'User', 'DynamicUser',
+                        'RootDirectory', 'InaccessiblePaths', 'PrivatePIDs', 'IPAddressDeny'):
+            self.assertNotIn(setting, unit)
+        self.assertEqual(set(unit['CapabilityBoundingSet'][0].split()), {'CAP_DAC_READ_SEARCH', 'CAP_SYS_PTRACE'})
+        self.assertLessEqual({'AF_UNIX', 'AF_INET', 'AF_INET6', 'AF_NETLINK'}, set(unit['RestrictAddressFamilies'][0].split()))
+        self.assertIn('adjtimex', unit['SystemCallFilter'][0].split())
+
+    def test_systemd_accepts_it_and_finds_it_hardened(self) -> None:
+        options = ('--print-unit', '--relay-address=r:1', '--top-n=3', '--relay-token-file=/etc/a b%c"d')
+        run = run_agent(*options, '--relay-tls')
+        self.assertEqual((run.returncode, run.stderr), (0, ''))
+        self.assertIn(f'{sys.executable} -I {os.path.abspath(agent.__file__)} --relay-address=r:1', run.stdout)
+        path = os.path.join(self.tree({'kubensage-agent.service': run.stdout}), 'kubensage-agent.service')
+        self.tool('systemd-analyze', '--version')
+        checked = subprocess.run(['systemd-analyze', 'verify', '--man=no', path], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                 encoding='utf-8')
+        self.assertEqual([line for line in checked.stdout.splitlines() if 'kubensage' in line], [])
+        rated = self.tool('systemd-analyze', 'security', '--offline=yes', '--no-pager', path)
+        self.assertLessEqual(float(re.search(r'exposure level.*?: ([\d.]+)', rated).group(1)), 3.0)
+
+    def test_daemonset(self) -> None:
+        run = run_agent('--print-daemonset', '--relay-address', 'r:1', '--listen=0.0.0.0:9000', '--cri-socket', '/run/k3s/cri.sock',
+                        '--top-n=3', '--once')
+        self.assertEqual((run.returncode, run.stderr), (0, ''))
+        documents = run.stdout.split('\n---\n')
+        self.assertEqual([re.search('^kind: (.*)$', text, re.M).group(1) for text in documents],
+                         ['Namespace', 'ServiceAccount', 'DaemonSet'])
+        values = dict(re.findall(r'- name: KUBENSAGE_(\w+)\n +value: (".*")$', run.stdout, re.M))
+        self.assertEqual(values, {
+            'RELAY_ADDRESS': '"r:1"', 'LISTEN': '"0.0.0.0:9000"', 'CRI_SOCKET': '"/run/k3s/cri.sock"', 'TOP_N': '"3"',
+            'PROCFS': '"/host/proc"', 'SYSFS': '"/host/sys"', 'ROOTFS': '"/host/root"', 'SPOOL_DIR': '"/var/lib/kubensage-agent"'})
+        for text in ('hostNetwork: true', 'hostPID: true', 'automountServiceAccountToken: false', 'image: python:3-slim',
+                     'path: /healthz', 'containerPort: 9000', 'mountPath: /run/k3s\n', '- operator: Exists', 'fieldPath: spec.nodeName'):
+            self.assertIn(text, run.stdout)
+        for name in ('proc', 'sys', 'root', 'runtime', 'archive'):
+            self.assertRegex(run.stdout, rf'- name: {name}\n +mountPath: \S+\n +readOnly: true')
+        volumes, mounts = (set(re.findall(pattern, documents[2])) for pattern in (
+            r'- name: (\w+)\n +(?:hostPath|emptyDir):', r'- name: (\w+)\n +mountPath:'))
+        self.assertEqual(volumes, mounts)
+
+    def test_what_the_manifest_sets_is_a_command_line(self) -> None:
+        options = agent.parse_options(['--relay-address', 'r:1', '--log-compress=false', '--spool-dir', 'x'], {})
+        text = agent.render_daemonset(options, ['--relay-address', 'r:1', '--log-compress=false', '--spool-dir', 'x'], '/run/a.sock')
+        environment = {name: json.loads(value) for name, value in re.findall(r'- name: (KUBENSAGE_\w+)\n +value: (".*")$', text, re.M)}
+        again = agent.parse_options([], environment)
+        self.assertEqual((again.log_compress, again.relay_address, again.spool_dir, again.listen),
+                         (False, 'r:1', agent.STATE_DIRECTORY, agent.DAEMONSET_LISTEN))
 
 
 # --- golden run
