@@ -3606,7 +3606,7 @@ def load_line(node: wire.NodeMetrics) -> str:
     processes = f'  {plural(node.procs, "process")}' if node.HasField('procs') else ''
     stalls = '  '.join(f'{name} {psi.some.avg10.value:.1f}%' for name, psi in (
         ('cpu', node.psi_cpu_metrics), ('mem', node.psi_memory_metrics), ('io', node.psi_io_metrics)) if psi.HasField('some'))
-    return f'load {averages}{processes}  stalled for {stalls or "not known"}'
+    return f'load {averages}{processes}  pressure {stalls or "not known"}'
 
 
 def rates_line(before: Optional[wire.Metrics], after: wire.Metrics) -> str:
@@ -3651,7 +3651,7 @@ def status_text(rows: Sequence[TableRow], view: View) -> str:
     pods = plural(len({(row.namespace, row.pod) for row in rows}), 'pod')
     namespace = f' in {printable(view.namespace)}' if view.namespace else ''
     text = f'{pods}{namespace}, {running}/{plural(len(rows), "container")} running, by {SORTED_BY[view.sort]}'
-    return text + ('   c m r: sort  n: namespace  q: quit' if view.height else '')
+    return text + ('   c m r sort, n namespace, q quit' if view.height else '')
 
 
 def render_view(before: Optional[wire.Metrics], after: wire.Metrics, view: View) -> str:
@@ -4493,6 +4493,7 @@ CapabilityBoundingSet=CAP_DAC_READ_SEARCH CAP_SYS_PTRACE
 ProtectSystem=strict
 ProtectHome=read-only
 PrivateTmp=yes
+PrivateMounts=yes
 PrivateDevices=yes
 DevicePolicy=closed
 ProtectKernelTunables=yes
@@ -4509,6 +4510,7 @@ MemoryDenyWriteExecute=yes
 KeyringMode=private
 SystemCallArchitectures=native
 SystemCallFilter=@system-service adjtimex clock_adjtime
+SystemCallFilter=~@resources
 SystemCallErrorNumber=EPERM
 {extra}
 [Install]
