@@ -4137,12 +4137,9 @@ def http_answer(published: Published, path: str, accept: str) -> Tuple[int, str,
     return 404, 'text/plain', b'not here: /metrics, /healthz\n'
 
 
-def http_server(address: str, published: Published) -> Any:
-    """A server of the standard library with a thread a connection, and a bound on them. OSError: the address cannot be had."""
+def http_handler(published: Published) -> Any:
+    """The class that answers one request."""
     import http.server
-    import socketserver
-    connections: Dict[Any, None] = {}
-    lock = threading.Lock()
 
     class Handler(http.server.BaseHTTPRequestHandler):
         timeout = HTTP_TIMEOUT_SECONDS
@@ -4159,8 +4156,18 @@ def http_server(address: str, published: Published) -> Any:
         def log_message(self, *arguments: Any) -> None:
             log.debug('http: %s', arguments[0] % arguments[1:])
 
-    class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
-        daemon_threads = True
+    return Handler
+
+
+def http_server(address: str, published: Published) -> Any:
+    """A server of the standard library with a thread a connection, and a bound on them. OSError: the address cannot be had."""
+    import socketserver
+    connections: Dict[Any, None] = {}
+    lock = threading.Lock()
+
+    # Not http.server.HTTPServer: it asks the DNS for the name of the address, and waits for the answer.
+    class Server(socketserver.ThreadingTCPServer):
+        allow_reuse_address = daemon_threads = True
         block_on_close = False
         request_queue_size = 128
         address_family = socket.AF_INET6 if address.startswith('[') else socket.AF_INET
@@ -4184,7 +4191,7 @@ def http_server(address: str, published: Published) -> Any:
             log.debug('http: %s', sys.exc_info()[1])
 
     host, _, port = address.rpartition(':')
-    return Server((host.strip('[]'), int(port)), Handler)
+    return Server((host.strip('[]'), int(port)), http_handler(published))
 
 
 def start_listening(address: str, published: Published) -> Any:
