@@ -49,6 +49,7 @@ import functools
 import gzip
 import hashlib
 import heapq
+import html
 import importlib.machinery
 import importlib.util
 import io
@@ -72,8 +73,8 @@ import threading
 import time
 import zipimport
 import zlib
-from typing import (TYPE_CHECKING, Any, Callable, Deque, Dict, FrozenSet, Generator, Iterable, List, Mapping, NamedTuple,
-                    Optional, Sequence, Set, Tuple, TypeVar)
+from typing import (TYPE_CHECKING, Any, Callable, Deque, Dict, FrozenSet, Generator, Iterable, Iterator, List, Mapping,
+                    NamedTuple, Optional, Sequence, Set, Tuple, TypeVar)
 
 if TYPE_CHECKING:
     import tarfile
@@ -3318,6 +3319,8 @@ class Memory(NamedTuple):
     """What the next cycle needs from this one."""
     node: Dict[str, Any] = {}
     pods: PodsMemory = PodsMemory()
+    # Of the last cycle, for those who show rates.
+    metrics: Optional[wire.Metrics] = None
 
 
 def build_metrics(timestamp: int, node: wire.NodeMetrics, runtime: Optional[wire.RuntimeMetrics],
@@ -3388,93 +3391,851 @@ def plural(number: int, noun: str) -> str:
     return f'{number} {noun}{ending}'
 
 
-def render_columns(header: Sequence[str], rows: Iterable[Sequence[str]]) -> List[str]:
-    """A blank line and a table under its header, each column as wide as its widest cell: the first one to the left,
-    numbers to the right. Nothing where there are no rows."""
-    cells = [tuple(map(printable, row)) for row in rows]
-    if not cells:
-        return []
-    widths = [max(map(len, column)) for column in zip(header, *cells)]
-    right = [index > 0 and all(row[index][:1].isdigit() or row[index] in ('', '-') for row in cells)
-             for index in range(len(header))]
-    return [''] + ['  '.join(cell.rjust(width) if to_right else cell.ljust(width)
-                             for cell, width, to_right in zip(row, widths, right)).rstrip()
-                   for row in (header, *cells)]
+# --- live view
+
+# ANSI control sequences (ECMA-48), and the alternate screen of xterm.
+# On it no cursor, and no line that goes on below when it is too long.
+ENTER_SCREEN, LEAVE_SCREEN = '\x1b[?1049h\x1b[?25l\x1b[?7l', '\x1b[?7h\x1b[?25h\x1b[?1049l'
+COLOR = re.compile(r'(\x1b\[\d*m)')
+HOME, CLEAR_LINE, CLEAR_BELOW = '\x1b[H', '\x1b[K', '\x1b[J'
+RED, YELLOW, GREEN, BOLD, DIM, PLAIN = '\x1b[31m', '\x1b[33m', '\x1b[32m', '\x1b[1m', '\x1b[2m', '\x1b[m'
+BAR_WIDTH = 14
+# A share of a limit from which it is yellow, and red.
+WARM, HOT = 70, 90
+NEAR_FULL_PERCENT = 80
+# From these widths on, the table has rates, and images.
+WIDE, WIDEST = 110, 160
+STATE_WIDTH = 9
+NARROWEST = 5
+NAME_COLUMNS = ('NAMESPACE', 'POD', 'CONTAINER')
+SORTED_BY = {'c': 'cpu', 'm': 'memory', 'r': 'restarts'}
+LIVE_INTERVAL_SECONDS = 2
 
 
-def render_node(node: wire.NodeMetrics) -> List[str]:
-    """The node in a few lines; what is not known is left out."""
-    name = ' '.join(filter(None, (node.platform, node.platform_version)))
-    kernel = ' '.join(filter(None, ('Linux', node.kernel_version, node.kernel_arch)))
-    uptime = f'up {human_seconds(node.uptime)}' if node.HasField('uptime') else ''
-    lines = ['  '.join(map(printable, filter(None, (node.hostname or 'node', name, kernel, uptime, node.primary_ipv4.value,
-                                                    node.primary_ipv6.value))))]
-    if node.cpu_infos:
-        model = f' ({printable(node.cpu_infos[0].model)})' if node.cpu_infos[0].model else ''
-        busy = f'{node.total_cpu_percentage:.1f} % of ' if node.HasField('total_cpu_percentage') else ''
-        lines.append(f'cpu      {busy}{plural(len(node.cpu_infos), "CPU")}{model}, {plural(node.procs, "process")}')
-    if node.HasField('used_memory'):
-        lines.append(f'memory   {node.memory_used_perc:.1f} % used: {human_bytes(node.used_memory)} of '
-                     f'{human_bytes(node.total_memory)}, {human_bytes(node.available_memory)} available')
-    if node.HasField('net_usage'):
-        lines.append(f'network  {human_bytes(node.net_usage.total_bytes_received)} received, '
-                     f'{human_bytes(node.net_usage.total_bytes_sent)} sent since boot')
-    if node.HasField('disk_io_summary'):
-        lines.append(f'disks    {human_bytes(node.disk_io_summary.total_read_bytes)} read, '
-                     f'{human_bytes(node.disk_io_summary.total_write_bytes)} written since boot')
+class View(NamedTuple):
+    """How the live view is to look."""
+    width: int
+    height: Optional[int] = None
+    sort: str = 'c'
+    namespace: str = ''
+    color: bool = False
+
+
+class TableRow(NamedTuple):
+    """A container in the table: what is shown of it, None where it is not known."""
+    namespace: str
+    pod: str
+    container: str
+    state: str
+    cores: Optional[float]
+    cpu_percent: Optional[float]
+    throttled_percent: Optional[float]
+    memory: Optional[float]
+    memory_percent: Optional[float]
+    restarts: int
+    received: Optional[float]
+    sent: Optional[float]
+    read: Optional[float]
+    written: Optional[float]
+    image: str
+
+
+def paint(text: str, color: str, view: View) -> str:
+    return f'{color}{text}{PLAIN}' if view.color and color else text
+
+
+def heat(percent: Optional[float]) -> str:
+    if percent is None:
+        return ''
+    return RED if percent >= HOT else YELLOW if percent >= WARM else ''
+
+
+def bar(percent: float, view: View) -> str:
+    width = BAR_WIDTH if view.width < WIDE else 3 * BAR_WIDTH
+    filled = min(width, max(0, round(percent / 100 * width)))
+    return '[' + paint('|' * filled, heat(percent) or GREEN, view) + ' ' * (width - filled) + ']'
+
+
+def per_second(before: Optional[float], after: Optional[float], seconds: float) -> Optional[float]:
+    """The rate of a counter; None without two samples, or where it began anew."""
+    if before is None or after is None or seconds <= 0 or after < before:
+        return None
+    return (after - before) / seconds
+
+
+def human_rate(rate: Optional[float]) -> str:
+    return '-' if rate is None else human_short(rate)
+
+
+def human_short(number: float) -> str:
+    """In five characters at most: 980, 1.2K, 34M, 1.1G."""
+    for unit in ('', 'K', 'M', 'G', 'T'):
+        if number < 999.5:
+            return f'{number:.1f}{unit}' if unit and number < 9.95 else f'{number:.0f}{unit}'
+        number /= 1024
+    return f'{number:.0f}P'
+
+
+def human_cores(cores: Optional[float]) -> str:
+    return '-' if cores is None else f'{cores:.2f}' if cores < 99 else f'{cores:.0f}'
+
+
+def human_percent(percent: Optional[float]) -> str:
+    return '' if percent is None else f'{min(percent, 999):.0f}%'
+
+
+def elapsed_seconds(before: Optional[wire.Metrics], after: wire.Metrics) -> float:
+    """Between two snapshots of one run, by the monotonic clock."""
+    return after.agent_metrics.uptime_seconds - before.agent_metrics.uptime_seconds if before else 0
+
+
+def cpu_modes(before: Optional[wire.Metrics], after: wire.Metrics) -> str:
+    """Percent of the time between two snapshots by mode, as top(1) calls them."""
+    if before is None or not before.node_metrics.HasField('cpu_seconds'):
+        return ''
+    old, new = before.node_metrics.cpu_seconds, after.node_metrics.cpu_seconds
+    spent = {mode: max(0.0, getattr(new, mode) - getattr(old, mode)) for mode in CPU_MODES}
+    total = sum(spent.values()) or 1
+    return ' '.join(f'{label} {100 * spent[mode] / total:.0f}' for label, mode in (
+        ('us', 'user'), ('sy', 'system'), ('ni', 'nice'), ('io', 'iowait'), ('si', 'softirq'), ('st', 'steal')))
+
+
+def io_bytes(container: wire.ContainerMetrics, field: str) -> Optional[int]:
+    return sum(getattr(io, field) for io in container.cgroup.io) if container.HasField('cgroup') else None
+
+
+def network_bytes(pod: Optional[wire.PodMetrics], field: str) -> Optional[int]:
+    if not pod or not pod.network_interfaces:
+        return None
+    return sum(getattr(interface.counters, field) for interface in pod.network_interfaces)
+
+
+def throttled_percent(before: Optional[wire.ContainerMetrics], after: wire.ContainerMetrics) -> Optional[float]:
+    """Percent of the periods between two snapshots in which the container used up its quota."""
+    if before is None or not after.cgroup.cpu.HasField('quota_usec'):
+        return None
+    periods = after.cgroup.cpu.nr_periods - before.cgroup.cpu.nr_periods
+    return 100 * (after.cgroup.cpu.nr_throttled - before.cgroup.cpu.nr_throttled) / periods if periods > 0 else None
+
+
+def table_row(pod: wire.PodMetrics, container: wire.ContainerMetrics, old_pod: Optional[wire.PodMetrics],
+              old: Optional[wire.ContainerMetrics], seconds: float) -> TableRow:
+    cpu, memory = container.cgroup.cpu, container.memory_metrics
+    cores = container.cpu_metrics.usage_nano_cores.value / 1e9 if container.cpu_metrics.HasField('usage_nano_cores') else None
+    limit = cpu.quota_usec / cpu.period_usec if cpu.quota_usec and cpu.period_usec else None
+    used = memory.working_set_bytes.value if memory.HasField('working_set_bytes') else None
+    most = container.cgroup.memory.max_bytes
+    return TableRow(
+        pod.namespace, pod.name, container.name, shown_state(container), cores,
+        100 * cores / limit if cores is not None and limit else None, throttled_percent(old, container),
+        used, 100 * used / most if used is not None and most else None, container.restart_count,
+        *(per_second(network_bytes(old_pod, field), network_bytes(pod, field), seconds) for field in ('rx_bytes', 'tx_bytes')),
+        *(per_second(old and io_bytes(old, field), io_bytes(container, field), seconds) for field in ('rbytes', 'wbytes')),
+        container.image)
+
+
+def shown_state(container: wire.ContainerMetrics) -> str:
+    state = container.state.replace('CONTAINER_', '').lower()
+    if state == 'exited' and container.HasField('status'):
+        return container.status.reason if container.status.reason == 'OOMKilled' else f'exit {container.status.exit_code}'
+    return state
+
+
+def table_rows(before: Optional[wire.Metrics], after: wire.Metrics, view: View) -> List[TableRow]:
+    """The containers of the chosen namespaces, sorted as the view says."""
+    old_pods = {pod.id: pod for pod in before.pod_metrics} if before else {}
+    old = {container.id: container for pod in old_pods.values() for container in pod.container_metrics}
+    seconds = elapsed_seconds(before, after)
+    rows = [table_row(pod, container, old_pods.get(pod.id), old.get(container.id), seconds)
+            for pod in after.pod_metrics if view.namespace in ('', pod.namespace)
+            for container in present_containers(pod)]
+    keys = {'c': lambda row: row.cores or 0, 'm': lambda row: row.memory or 0, 'r': lambda row: row.restarts}
+    return sorted(rows, key=lambda row: (-keys[view.sort](row), row.namespace, row.pod, row.container))
+
+
+def fit(text: str, width: int) -> str:
+    """Exactly so wide; what is cut off is marked."""
+    text = printable(text)
+    return text.ljust(width) if len(text) <= width else text[:width - 1] + '~'
+
+
+def clip(line: str, width: int) -> str:
+    """At most so wide; colours take no room, and what begins is ended."""
+    pieces, left = [], width
+    for piece in COLOR.split(line):
+        visible = piece if COLOR.match(piece) else piece[:left]
+        left -= 0 if COLOR.match(piece) else len(visible)
+        pieces.append(visible)
+    return ''.join(pieces).rstrip()
+
+
+def column_widths(rows: Sequence[TableRow], view: View, fixed: int) -> List[int]:
+    """Of namespace, pod and container: as wide as their widest name; where there is no room, a pod's name keeps the most."""
+    widths = [max(len(head), *(len(row[number]) for row in rows)) for number, head in enumerate(NAME_COLUMNS)]
+    shares, excess = (1, 2, 1), sum(widths) + len(widths) + fixed - view.width
+    for _ in range(excess):
+        widest = max(range(len(widths)), key=lambda number: widths[number] / shares[number])
+        widths[widest] = max(NARROWEST, widths[widest] - 1)
+    return widths
+
+
+def images_of(images: List[str], view: View) -> List[str]:
+    """The last column, where there is room for it."""
+    return list(map(printable, images)) if view.width >= WIDEST else []
+
+
+def pod_lines(rows: Sequence[TableRow], view: View) -> List[str]:
+    """The table: the wider the terminal, the more columns, and the longer the names."""
+    wide = view.width >= WIDE
+    numbers = f'{"CPU":>5} {"%LIM":>4} {"THR":>4} {"MEM":>5} {"%LIM":>4}' + (
+        f' {"RX/s":>6}{"TX/s":>6}{"READ/s":>7}{"WRITE/s":>8}' if wide else '') + f' {"RST":>3} {"STATE":<{STATE_WIDTH}}'
+    widths = column_widths(rows, view, len(numbers))
+    head = ' '.join((*(fit(*cell) for cell in zip(NAME_COLUMNS, widths)), numbers, *images_of(['IMAGE'], view)))
+    lines = [paint(head, BOLD, view)]
+    for row in rows:
+        received, sent, read, written = map(human_rate, (row.received, row.sent, row.read, row.written))
+        lines.append(' '.join((
+            *(fit(*cell) for cell in zip(row, widths)), f'{human_cores(row.cores):>5}',
+            paint(f'{human_percent(row.cpu_percent):>4}', heat(row.cpu_percent), view),
+            paint(f'{human_percent(row.throttled_percent):>4}', heat(row.throttled_percent), view),
+            f'{human_rate(row.memory):>5}', paint(f'{human_percent(row.memory_percent):>4}', heat(row.memory_percent), view),
+            *((f'{received:>6}{sent:>6}{read:>7}{written:>8}',) if wide else ()), f'{row.restarts:>3}',
+            paint(fit(row.state, STATE_WIDTH), '' if row.state == 'running' else YELLOW, view),
+            *images_of([row.image], view))))
     return lines
 
 
-def render_pressure(node: wire.NodeMetrics) -> List[str]:
-    rows = [(f'{resource} {kind}', *(f'{average.value:.2f} %' for average in (data.avg10, data.avg60, data.avg300)))
-            for resource, psi in (('cpu', node.psi_cpu_metrics), ('memory', node.psi_memory_metrics),
-                                  ('io', node.psi_io_metrics))
-            for kind, data in (('some', psi.some), ('full', psi.full)) if data.HasField('total')]
-    return render_columns(('PRESSURE', '10 s', '60 s', '300 s'), rows)
+def title_line(node: wire.NodeMetrics, view: View) -> str:
+    uptime = f'up {human_seconds(node.uptime)}' if node.HasField('uptime') else ''
+    kernel = f'Linux {node.kernel_version}' if node.kernel_version else ''
+    words = (node.hostname or 'node', f'{node.platform} {node.platform_version}'.strip(), kernel, node.primary_ipv4.value, uptime)
+    return paint(printable('  '.join(filter(None, words))), BOLD, view)
 
 
-def render_disk_usages(node: wire.NodeMetrics) -> List[str]:
-    rows = [(disk.mountpoint, disk.device, disk.fstype,
-             *(('-', '-', '-', 'stuck') if disk.stuck else
-               (human_bytes(disk.total), human_bytes(disk.used), human_bytes(disk.free), f'{disk.used_percent:.1f} %')))
-            for disk in node.disk_usages]
-    return render_columns(('FILE SYSTEM', 'DEVICE', 'TYPE', 'SIZE', 'USED', 'FREE', 'USE%'), rows)
+def cpu_line(before: Optional[wire.Metrics], after: wire.Metrics, view: View) -> str:
+    node = after.node_metrics
+    if not node.HasField('total_cpu_percentage'):
+        return 'cpu  not known'
+    percent = node.total_cpu_percentage
+    return f'cpu  {bar(percent, view)} {percent:5.1f}% of {plural(len(node.cpu_infos), "CPU")}  {cpu_modes(before, after)}'
 
 
-def render_processes(node: wire.NodeMetrics) -> List[str]:
-    return render_columns(('PROCESS', 'PID', 'RSS'), [(process.name, str(process.pid), human_bytes(process.memory))
-                                                      for process in node.processes_mem_info])
+def memory_line(node: wire.NodeMetrics, view: View) -> str:
+    detail, text = node.memory_detail, 'mem  not known'
+    if node.HasField('memory_used_perc'):
+        text = f'mem  {bar(node.memory_used_perc, view)} {node.memory_used_perc:5.1f}% of {human_bytes(node.total_memory)}'
+    if not detail.swap_total_bytes:
+        return text + '  no swap' if detail.HasField('swap_total_bytes') else text
+    percent = 100 * (detail.swap_total_bytes - detail.swap_free_bytes) / detail.swap_total_bytes
+    return f'{text}  swap {bar(percent, view)} {percent:.0f}% of {human_bytes(detail.swap_total_bytes)}'
 
 
-def container_cpu(container: wire.ContainerMetrics) -> int:
-    return container.cpu_metrics.usage_nano_cores.value
+def load_line(node: wire.NodeMetrics) -> str:
+    load = node.load_average
+    averages = f'{load.load1:.2f} {load.load5:.2f} {load.load15:.2f}' if node.HasField('load_average') else 'not known'
+    processes = f'  {plural(node.procs, "process")}' if node.HasField('procs') else ''
+    stalls = '  '.join(f'{name} {psi.some.avg10.value:.1f}%' for name, psi in (
+        ('cpu', node.psi_cpu_metrics), ('mem', node.psi_memory_metrics), ('io', node.psi_io_metrics)) if psi.HasField('some'))
+    return f'load {averages}{processes}  pressure {stalls or "not known"}'
 
 
-def render_container(container: wire.ContainerMetrics) -> Tuple[str, ...]:
-    cpu, memory, layer = container.cpu_metrics, container.memory_metrics, container.file_system_metrics
-    return (f'  {container.name}', container.state.replace('CONTAINER_', '').lower(), str(container.attempt),
-            f'{cpu.usage_nano_cores.value / 1e6:.0f} m' if cpu.HasField('usage_nano_cores') else '-',
-            human_bytes(memory.working_set_bytes.value) if memory.HasField('working_set_bytes') else '-',
-            human_bytes(layer.used_bytes.value) if layer.HasField('used_bytes') else '-')
+def rates_line(before: Optional[wire.Metrics], after: wire.Metrics) -> str:
+    """What goes through the node's network and disks."""
+    seconds, old = elapsed_seconds(before, after), before.node_metrics if before else None
+    received, sent, read, written = (
+        human_rate(per_second(value_at(old, path) if old else None, value_at(after.node_metrics, path), seconds))
+        for path in ('net_usage.total_bytes_received', 'net_usage.total_bytes_sent', 'disk_io_summary.total_read_bytes',
+                     'disk_io_summary.total_write_bytes'))
+    return f'i/o  network in {received}/s out {sent}/s   disks read {read}/s write {written}/s'
 
 
-def render_pods(pods: Iterable[wire.PodMetrics]) -> List[str]:
-    """The pods by CPU, and below each its containers by CPU."""
-    rows = []
-    for pod in sorted(pods, key=lambda pod: -sum(map(container_cpu, pod.container_metrics))):
-        rows.append((f'{pod.namespace}/{pod.name}', '', '', '', '', ''))
-        rows += map(render_container, sorted(pod.container_metrics, key=container_cpu, reverse=True))
-    return render_columns(('POD, CONTAINER', 'STATE', 'ATTEMPT', 'CPU', 'MEMORY', 'LAYER'), rows)
+def disk_line(node: wire.NodeMetrics, view: View) -> str:
+    """What does not answer or is nearly full stands out, and comes first."""
+    disks = sorted(node.disk_usages, key=lambda disk: (not disk.stuck, -disk.used_percent))
+    shown = [paint(f'{printable(disk.mountpoint)} STUCK', RED, view) if disk.stuck else paint(
+        f'{printable(disk.mountpoint)} {disk.used_percent:.0f}%',
+        '' if disk.used_percent < NEAR_FULL_PERCENT else RED if disk.used_percent >= HOT else YELLOW, view) for disk in disks]
+    return 'disk ' + ('  '.join(shown) or 'not known')
 
 
-def render_table(metrics: wire.Metrics) -> str:
-    """A snapshot for people. CPU in thousandths of a core; MEMORY is the working set, LAYER the writable layer."""
-    node = metrics.node_metrics
-    return '\n'.join(render_node(node) + render_pressure(node) + render_disk_usages(node) + render_processes(node)
-                     + render_pods(metrics.pod_metrics)) + '\n'
+def agent_line(before: Optional[wire.Metrics], after: wire.Metrics, view: View) -> str:
+    """The runtime, what the agent itself costs, and what it could not read a cycle ago."""
+    runtime, agent = after.node_metrics.container_runtime, after.agent_metrics
+    unready = sorted(kind for kind, met in runtime.conditions.items() if not met)
+    state = ' ready' if runtime.conditions else ''
+    if unready:
+        state = paint(f' NOT READY ({printable(", ".join(unready))})', RED, view)
+    name = printable(f'{runtime.name} {runtime.version}') if runtime.name else paint('no container runtime found', YELLOW, view)
+    seconds = elapsed_seconds(before, after)
+    spent = per_second(before.agent_metrics.cpu_seconds_total, agent.cpu_seconds_total, seconds) if before else None
+    cost = '' if spent is None else f' {100 * spent:.1f}% cpu'
+    counted = before.agent_metrics.failures_total if before else {}
+    failed = sorted(subject for subject, count in agent.failures_total.items() if count > counted.get(subject, 0))
+    trouble = paint(f'  in trouble: {printable(", ".join(failed))}', YELLOW, view) if failed else ''
+    return f'cri  {name}{state}   agent{cost} {human_bytes(agent.resident_bytes)}{trouble}'
 
 
-RENDERERS = {'table': render_table, 'json': render_json}
+def status_text(rows: Sequence[TableRow], view: View) -> str:
+    """What the table shows, and on a terminal how to change that."""
+    running = sum(row.state == 'running' for row in rows)
+    pods = plural(len({(row.namespace, row.pod) for row in rows}), 'pod')
+    namespace = f' in {printable(view.namespace)}' if view.namespace else ''
+    text = f'{pods}{namespace}, {running}/{plural(len(rows), "container")} running, by {SORTED_BY[view.sort]}'
+    return text + ('   c m r sort, n namespace, q quit' if view.height else '')
+
+
+def render_view(before: Optional[wire.Metrics], after: wire.Metrics, view: View) -> str:
+    """Node, then containers; no wider than the view, no higher, and no control codes in it but colours."""
+    rows, node = table_rows(before, after, view), after.node_metrics
+    lines = [title_line(node, view), cpu_line(before, after, view), memory_line(node, view), load_line(node),
+             rates_line(before, after), disk_line(node, view), agent_line(before, after, view), '', status_text(rows, view)]
+    lines += pod_lines(rows, view) if rows else []
+    if view.height and len(lines) > view.height:
+        hidden = len(lines) - view.height + 1
+        lines[view.height - 1:] = [paint(f'... {hidden} more', DIM, view)]
+    return '\n'.join(clip(line, view.width) for line in lines)
+
+
+def render_frame(text: str) -> str:
+    """A screen full: each line clears what was behind it, so that nothing flickers."""
+    return HOME + text.replace('\n', CLEAR_LINE + '\r\n') + CLEAR_LINE + CLEAR_BELOW
+
+
+def next_namespace(present: Iterable[str], current: str) -> str:
+    """Key n: all, then one after the other."""
+    choices = ['', *sorted(set(present))]
+    return choices[(choices.index(current) + 1) % len(choices)] if current in choices else ''
+
+
+def press_key(view: View, key: str, metrics: Optional[wire.Metrics]) -> View:
+    if key in ('c', 'm', 'r'):
+        return view._replace(sort=key)
+    if key == 'n' and metrics:
+        return view._replace(namespace=next_namespace((pod.namespace for pod in metrics.pod_metrics), view.namespace))
+    return view
+
+
+@contextlib.contextmanager
+def live_screen() -> Iterator[None]:
+    """The terminal without echo and line by line, on its alternate screen; afterwards as it was, come what may."""
+    import termios
+    import tty
+    keyboard = sys.stdin.fileno() if sys.stdin and sys.stdin.isatty() else None
+    before = termios.tcgetattr(keyboard) if keyboard is not None else None
+    # A stopped agent would leave its screen behind.
+    suspend = signal.signal(signal.SIGTSTP, signal.SIG_IGN)
+    try:
+        if keyboard is not None:
+            tty.setcbreak(keyboard)
+        sys.stdout.write(ENTER_SCREEN)
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            sys.stdout.write(PLAIN + LEAVE_SCREEN)
+            sys.stdout.flush()
+        if keyboard is not None:
+            termios.tcsetattr(keyboard, termios.TCSADRAIN, before)
+        signal.signal(signal.SIGTSTP, suspend)
+
+
+# --- Prometheus
+
+# Names are those of node_exporter and cAdvisor where they have one for exactly this value, so that their dashboards and
+# alerts work; else kubensage_. A row: name, help, the field that has the value, and what to multiply it with to get the
+# base unit. A name in _total is a counter, another one a gauge, but for what node_exporter leaves untyped.
+UNTYPED = re.compile(r'node_(vmstat|netstat)_')
+
+NODE_SAMPLES = (
+    ('node_boot_time_seconds', 'Node boot time, in unixtime.', 'boot_time', 1),
+    ('node_load1', '1m load average.', 'load_average.load1', 1),
+    ('node_load5', '5m load average.', 'load_average.load5', 1),
+    ('node_load15', '15m load average.', 'load_average.load15', 1),
+    ('node_procs_running', 'Number of processes in runnable state.', 'kernel_activity.procs_running', 1),
+    ('node_procs_blocked', 'Number of processes blocked waiting for I/O to complete.', 'kernel_activity.procs_blocked', 1),
+    ('node_forks_total', 'Total number of forks.', 'kernel_activity.forks_total', 1),
+    ('node_context_switches_total', 'Total number of context switches.', 'kernel_activity.context_switches_total', 1),
+    ('node_intr_total', 'Total number of interrupts serviced.', 'kernel_activity.interrupts_total', 1),
+    ('node_memory_MemTotal_bytes', 'Memory information field MemTotal.', 'total_memory', 1),
+    ('node_memory_MemAvailable_bytes', 'Memory information field MemAvailable.', 'available_memory', 1),
+    ('node_memory_MemFree_bytes', 'Memory information field MemFree.', 'memory_detail.free_bytes', 1),
+    ('node_memory_Buffers_bytes', 'Memory information field Buffers.', 'memory_detail.buffers_bytes', 1),
+    ('node_memory_Cached_bytes', 'Memory information field Cached.', 'memory_detail.cached_bytes', 1),
+    ('node_memory_SReclaimable_bytes', 'Memory information field SReclaimable.', 'memory_detail.slab_reclaimable_bytes', 1),
+    ('node_memory_SUnreclaim_bytes', 'Memory information field SUnreclaim.', 'memory_detail.slab_unreclaimable_bytes', 1),
+    ('node_memory_Dirty_bytes', 'Memory information field Dirty.', 'memory_detail.dirty_bytes', 1),
+    ('node_memory_Writeback_bytes', 'Memory information field Writeback.', 'memory_detail.writeback_bytes', 1),
+    ('node_memory_Shmem_bytes', 'Memory information field Shmem.', 'memory_detail.shmem_bytes', 1),
+    ('node_memory_AnonPages_bytes', 'Memory information field AnonPages.', 'memory_detail.anon_pages_bytes', 1),
+    ('node_memory_Mapped_bytes', 'Memory information field Mapped.', 'memory_detail.mapped_bytes', 1),
+    ('node_memory_SwapTotal_bytes', 'Memory information field SwapTotal.', 'memory_detail.swap_total_bytes', 1),
+    ('node_memory_SwapFree_bytes', 'Memory information field SwapFree.', 'memory_detail.swap_free_bytes', 1),
+    ('node_memory_HugePages_Total', 'Memory information field HugePages_Total.', 'memory_detail.huge_pages_total', 1),
+    ('node_memory_HugePages_Free', 'Memory information field HugePages_Free.', 'memory_detail.huge_pages_free', 1),
+    ('node_memory_Hugepagesize_bytes', 'Memory information field Hugepagesize.', 'memory_detail.huge_page_size_bytes', 1),
+    ('node_vmstat_oom_kill', '/proc/vmstat information field oom_kill.', 'vmstat.oom_kill', 1),
+    ('node_vmstat_pgfault', '/proc/vmstat information field pgfault.', 'vmstat.pgfault', 1),
+    ('node_vmstat_pgmajfault', '/proc/vmstat information field pgmajfault.', 'vmstat.pgmajfault', 1),
+    ('node_vmstat_pswpin', '/proc/vmstat information field pswpin.', 'vmstat.pswpin', 1),
+    ('node_vmstat_pswpout', '/proc/vmstat information field pswpout.', 'vmstat.pswpout', 1),
+    ('node_pressure_cpu_waiting_seconds_total', 'Time that processes have waited for CPU time.',
+     'psi_cpu_metrics.some.total.value', 1e-6),
+    ('node_pressure_memory_waiting_seconds_total', 'Time that processes have waited for memory.',
+     'psi_memory_metrics.some.total.value', 1e-6),
+    ('node_pressure_memory_stalled_seconds_total', 'Time that no process could make progress for want of memory.',
+     'psi_memory_metrics.full.total.value', 1e-6),
+    ('node_pressure_io_waiting_seconds_total', 'Time that processes have waited for I/O.',
+     'psi_io_metrics.some.total.value', 1e-6),
+    ('node_pressure_io_stalled_seconds_total', 'Time that no process could make progress for I/O.',
+     'psi_io_metrics.full.total.value', 1e-6),
+    ('node_pressure_irq_stalled_seconds_total', 'Time that no process could make progress for interrupts.',
+     'psi_irq_metrics.full.total.value', 1e-6),
+    ('node_filefd_allocated', 'File descriptor statistics: allocated.', 'kernel_limits.file_descriptors_allocated', 1),
+    ('node_filefd_maximum', 'File descriptor statistics: maximum.', 'kernel_limits.file_descriptors_max', 1),
+    ('node_nf_conntrack_entries', 'Number of currently allocated flow entries for connection tracking.',
+     'kernel_limits.conntrack_entries', 1),
+    ('node_nf_conntrack_entries_limit', 'Maximum size of connection tracking table.', 'kernel_limits.conntrack_max', 1),
+    ('node_processes_pids', 'Number of processes.', 'procs', 1),
+    ('node_processes_threads', 'Allocated threads in system.', 'kernel_limits.threads', 1),
+    ('node_processes_max_threads', 'Limit of threads in the system.', 'kernel_limits.threads_max', 1),
+    ('node_processes_max_processes', 'Number of max PIDs limit.', 'kernel_limits.pid_max', 1),
+    ('node_netstat_TcpExt_ListenOverflows', 'Statistic TcpExtListenOverflows.',
+     'network_protocols.tcp_listen_overflows_total', 1),
+    ('node_netstat_TcpExt_ListenDrops', 'Statistic TcpExtListenDrops.', 'network_protocols.tcp_listen_drops_total', 1),
+    ('node_netstat_TcpExt_TCPSynRetrans', 'Statistic TcpExtTCPSynRetrans.', 'network_protocols.tcp_syn_retrans_total', 1),
+    ('node_netstat_Tcp_RetransSegs', 'Statistic TcpRetransSegs.', 'network_protocols.tcp_retrans_segs_total', 1),
+    ('node_netstat_Tcp_InSegs', 'Statistic TcpInSegs.', 'network_protocols.tcp_in_segs_total', 1),
+    ('node_netstat_Tcp_OutSegs', 'Statistic TcpOutSegs.', 'network_protocols.tcp_out_segs_total', 1),
+    ('node_netstat_Tcp_InErrs', 'Statistic TcpInErrs.', 'network_protocols.tcp_in_errs_total', 1),
+    ('node_netstat_Udp_RcvbufErrors', 'Statistic UdpRcvbufErrors.', 'network_protocols.udp_rcvbuf_errors_total', 1),
+    ('node_netstat_Udp_SndbufErrors', 'Statistic UdpSndbufErrors.', 'network_protocols.udp_sndbuf_errors_total', 1),
+    ('node_netstat_Udp_InErrors', 'Statistic UdpInErrors.', 'network_protocols.udp_in_errors_total', 1),
+    ('node_sockstat_sockets_used', 'Number of IPv4 sockets in use.', 'network_protocols.sockets_used', 1),
+    ('node_sockstat_TCP_inuse', 'Number of TCP sockets in state inuse.', 'network_protocols.tcp_inuse', 1),
+    ('node_sockstat_TCP_orphan', 'Number of TCP sockets in state orphan.', 'network_protocols.tcp_orphan', 1),
+    ('node_sockstat_TCP_tw', 'Number of TCP sockets in state tw.', 'network_protocols.tcp_tw', 1),
+    ('node_sockstat_TCP_alloc', 'Number of TCP sockets in state alloc.', 'network_protocols.tcp_alloc', 1),
+    ('node_sockstat_TCP_mem_bytes', 'Number of TCP sockets in state mem_bytes.', 'network_protocols.tcp_mem_bytes', 1),
+    ('node_sockstat_UDP_inuse', 'Number of UDP sockets in state inuse.', 'network_protocols.udp_inuse', 1),
+    ('kubensage_node_softnet_processed_total', 'Packets processed by all CPUs.', 'network_protocols.softnet_processed_total', 1),
+    ('kubensage_node_softnet_dropped_total', 'Packets dropped because the backlog of a CPU was full.',
+     'network_protocols.softnet_dropped_total', 1),
+    ('kubensage_node_softnet_squeezed_total', 'Times that the budget of a softirq ran out with work left.',
+     'network_protocols.softnet_squeezed_total', 1),
+    ('node_timex_sync_status', 'Is clock synchronized to a reliable server (1 = yes, 0 = no).', 'clock.synchronized', 1),
+    ('node_timex_offset_seconds', 'Time offset in between local system and reference clock.', 'clock.offset_seconds', 1),
+    ('node_timex_maxerror_seconds', 'Maximum error in seconds.', 'clock.max_error_seconds', 1),
+)
+CPU_MODES = ('user', 'nice', 'system', 'idle', 'iowait', 'irq', 'softirq', 'steal')
+DISK_SAMPLES = (
+    ('node_disk_reads_completed_total', 'The total number of reads completed successfully.', 'reads_total', 1),
+    ('node_disk_reads_merged_total', 'The total number of reads merged.', 'reads_merged_total', 1),
+    ('node_disk_read_bytes_total', 'The total number of bytes read successfully.', 'read_bytes_total', 1),
+    ('node_disk_read_time_seconds_total', 'The total number of seconds spent by all reads.', 'read_seconds_total', 1),
+    ('node_disk_writes_completed_total', 'The total number of writes completed successfully.', 'writes_total', 1),
+    ('node_disk_writes_merged_total', 'The number of writes merged.', 'writes_merged_total', 1),
+    ('node_disk_written_bytes_total', 'The total number of bytes written successfully.', 'written_bytes_total', 1),
+    ('node_disk_write_time_seconds_total', 'The total number of seconds spent by all writes.', 'write_seconds_total', 1),
+    ('node_disk_io_now', 'The number of I/Os currently in progress.', 'in_progress', 1),
+    ('node_disk_io_time_seconds_total', 'Total seconds spent doing I/Os.', 'io_seconds_total', 1),
+    ('node_disk_io_time_weighted_seconds_total', 'The weighted # of seconds spent doing I/Os.', 'weighted_io_seconds_total', 1),
+    ('node_disk_discards_completed_total', 'The total number of discards completed successfully.', 'discards_total', 1),
+    ('node_disk_discards_merged_total', 'The total number of discards merged.', 'discards_merged_total', 1),
+    ('node_disk_discarded_sectors_total', 'The total number of sectors discarded successfully.', 'discarded_bytes_total',
+     1 / SECTOR_BYTES),
+    ('node_disk_discard_time_seconds_total', 'The total number of seconds spent by all discards.', 'discard_seconds_total', 1),
+    ('node_disk_flush_requests_total', 'The total number of flush requests completed successfully.', 'flushes_total', 1),
+    ('node_disk_flush_requests_time_seconds_total', 'The total number of seconds spent by all flush requests.',
+     'flush_seconds_total', 1),
+)
+FILE_SYSTEM_SAMPLES = (
+    ('node_filesystem_size_bytes', 'Filesystem size in bytes.', 'total', 1),
+    ('node_filesystem_avail_bytes', 'Filesystem space available to non-root users in bytes.', 'free', 1),
+    ('node_filesystem_files', 'Filesystem total file nodes.', 'inodes', 1),
+    # glibc fills f_favail with f_ffree.
+    ('node_filesystem_files_free', 'Filesystem total free file nodes.', 'inodes_free', 1),
+    ('node_filesystem_readonly', 'Filesystem read-only status.', 'read_only', 1),
+    ('node_filesystem_device_error', 'Whether statvfs(2) has not come back for the given device.', 'stuck', 1),
+)
+INTERFACE_SAMPLES = (
+    ('node_network_carrier', 'Whether the interface has a carrier.', 'carrier', 1),
+    ('node_network_mtu_bytes', 'The MTU of the interface.', 'mtu', 1),
+    ('node_network_speed_bytes', 'The speed of the interface.', 'speed_mbits', 125_000),
+) + tuple((f'node_network_{way}_{column}_total', f'Network device statistic {way}_{column}.', f'counters.{prefix}_{column}', 1)
+          for way, prefix, columns in (
+              ('receive', 'rx', 'bytes packets errs drop fifo frame compressed multicast'),
+              ('transmit', 'tx', 'bytes packets errs drop fifo colls carrier compressed'))
+          for column in columns.split())
+# cAdvisor's words for the interfaces of a pod.
+POD_INTERFACE_SAMPLES = tuple(
+    (f'container_network_{way}_{name}_total', f'Network device statistic {way}_{name} of a pod.',
+     f'counters.{prefix}_{column}', 1)
+    for way, prefix in (('receive', 'rx'), ('transmit', 'tx'))
+    for name, column in (('bytes', 'bytes'), ('packets', 'packets'), ('errors', 'errs'), ('packets_dropped', 'drop')))
+CGROUP_CPU_SAMPLES = (
+    ('cpu_usage_seconds_total', 'Cumulative cpu time consumed.', 'cpu.usage_usec', 1e-6),
+    ('cpu_user_seconds_total', 'Cumulative user cpu time consumed.', 'cpu.user_usec', 1e-6),
+    ('cpu_system_seconds_total', 'Cumulative system cpu time consumed.', 'cpu.system_usec', 1e-6),
+    ('cpu_cfs_periods_total', 'Number of elapsed enforcement period intervals.', 'cpu.nr_periods', 1),
+    ('cpu_cfs_throttled_periods_total', 'Number of throttled period intervals.', 'cpu.nr_throttled', 1),
+    ('cpu_cfs_throttled_seconds_total', 'Total time duration it has been throttled.', 'cpu.throttled_usec', 1e-6),
+    ('spec_cpu_quota', 'CPU quota.', 'cpu.quota_usec', 1),
+    ('spec_cpu_period', 'CPU period.', 'cpu.period_usec', 1),
+    ('spec_cpu_shares', 'CPU share.', 'cpu.shares', 1),
+    ('memory_usage_bytes', 'Current memory usage in bytes, including all memory regardless of when it was accessed.',
+     'memory.current_bytes', 1),
+    ('memory_max_usage_bytes', 'Maximum memory usage recorded in bytes.', 'memory.peak_bytes', 1),
+    ('memory_rss', 'Size of RSS in bytes.', 'memory.anon_bytes', 1),
+    ('memory_cache', 'Number of bytes of page cache memory.', 'memory.file_bytes', 1),
+    ('memory_mapped_file', 'Size of memory mapped files in bytes.', 'memory.file_mapped_bytes', 1),
+    ('memory_kernel_usage', 'Size of kernel memory allocated in bytes.', 'memory.kernel_bytes', 1),
+    ('memory_swap', 'Swap usage in bytes.', 'memory.swap_current_bytes', 1),
+    ('spec_memory_limit_bytes', 'Memory limit.', 'memory.max_bytes', 1),
+    ('oom_events_total', 'Count of out of memory events observed.', 'memory.events_oom_kill', 1),
+    ('processes', 'Number of processes and threads (pids.current).', 'pids.current', 1),
+    ('pressure_cpu_waiting_seconds_total', 'Time that tasks have waited for CPU.', 'cpu_pressure.some.total.value', 1e-6),
+    ('pressure_cpu_stalled_seconds_total', 'Time that all tasks have waited for CPU.', 'cpu_pressure.full.total.value', 1e-6),
+    ('pressure_memory_waiting_seconds_total', 'Time that tasks have waited for memory.',
+     'memory_pressure.some.total.value', 1e-6),
+    ('pressure_memory_stalled_seconds_total', 'Time that all tasks have waited for memory.',
+     'memory_pressure.full.total.value', 1e-6),
+    ('pressure_io_waiting_seconds_total', 'Time that tasks have waited for I/O.', 'io_pressure.some.total.value', 1e-6),
+    ('pressure_io_stalled_seconds_total', 'Time that all tasks have waited for I/O.', 'io_pressure.full.total.value', 1e-6),
+)
+# Of a container whose numbers came from the runtime, which has no cgroup of its own.
+CONTAINER_SAMPLES = (
+    ('container_memory_working_set_bytes', 'Current working set in bytes.', 'memory_metrics.working_set_bytes.value', 1),
+    ('container_fs_usage_bytes', 'Number of bytes that the writable layer consumes.', 'file_system_metrics.used_bytes.value', 1),
+    ('container_start_time_seconds', 'Start time of the container since unix epoch in seconds.', 'status.started_at_ns', 1e-9),
+    ('kubensage_container_restarts', "The kubelet's count of restarts.", 'restart_count', 1),
+    ('kubensage_container_exit_code', 'Exit code of the container that has ended.', 'status.exit_code', 1),
+)
+CGROUP_IO_SAMPLES = (
+    ('container_fs_reads_bytes_total', 'Cumulative count of bytes read.', 'rbytes', 1),
+    ('container_fs_writes_bytes_total', 'Cumulative count of bytes written.', 'wbytes', 1),
+    ('container_fs_reads_total', 'Cumulative count of reads completed.', 'rios', 1),
+    ('container_fs_writes_total', 'Cumulative count of writes completed.', 'wios', 1),
+)
+AGENT_SAMPLES = (
+    ('kubensage_agent_uptime_seconds', 'Time since the agent was started.', 'uptime_seconds', 1),
+    ('kubensage_agent_cpu_seconds_total', 'CPU time that the agent has used.', 'cpu_seconds_total', 1),
+    ('kubensage_agent_resident_bytes', 'Resident memory of the agent.', 'resident_bytes', 1),
+    ('kubensage_agent_threads', 'Threads of the agent.', 'threads', 1),
+    ('kubensage_agent_open_files', 'Open file descriptors of the agent.', 'open_files', 1),
+    ('kubensage_agent_cycles_total', 'Snapshots collected.', 'cycles_total', 1),
+    ('kubensage_agent_skipped_ticks_total', 'Cycles left out because the one before took too long.', 'skipped_ticks_total', 1),
+    ('kubensage_agent_collection_seconds', 'Duration of the last but one collection.', 'collection_seconds', 1),
+    ('kubensage_backlog_snapshots', 'Snapshots that wait for the relay.', 'backlog.snapshots', 1),
+    ('kubensage_backlog_memory_bytes', 'Memory that they take.', 'backlog.memory_bytes', 1),
+    ('kubensage_backlog_spool_bytes', 'Disk that they take.', 'backlog.spool_bytes', 1),
+    ('kubensage_backlog_sent_total', 'Snapshots sent to the relay, each time anew.', 'backlog.sent_total', 1),
+    ('kubensage_backlog_acknowledged_total', 'Snapshots that the relay has acknowledged.', 'backlog.acknowledged_total', 1),
+    ('kubensage_backlog_reconnects_total', 'Connections to the relay made after the first.', 'backlog.reconnects_total', 1),
+    ('kubensage_backlog_seconds_since_acknowledgement', 'Time since the relay has acknowledged something.',
+     'backlog.seconds_since_acknowledgement', 1),
+)
+CRI_SAMPLES = (
+    ('kubensage_cri_calls_total', 'Calls of the container runtime.', 'calls_total', 1),
+    ('kubensage_cri_failures_total', 'Calls of the container runtime that failed.', 'failures_total', 1),
+    ('kubensage_cri_seconds_total', 'Time that the calls took.', 'seconds_total', 1),
+)
+
+Labels = Tuple[Tuple[str, str], ...]
+
+
+class Family(NamedTuple):
+    """All samples of one name."""
+    name: str
+    help: str
+    samples: List[Tuple[Labels, float]]
+
+
+def value_at(message: Any, path: str) -> Optional[float]:
+    """The field at a dotted path; None where a part of it is absent."""
+    for name in path.split('.'):
+        if message.DESCRIPTOR.fields_by_name[name].has_presence and not message.HasField(name):
+            return None
+        message = getattr(message, name)
+    return message
+
+
+def families_of(rows: Sequence[Tuple[str, str, str, float]], items: Sequence[Tuple[Labels, Any]],
+                prefix: str = '') -> List[Family]:
+    """A family a row, a sample for each item that has the row's field."""
+    families = []
+    for name, text, path, factor in rows:
+        values = ((labels, value_at(message, path)) for labels, message in items)
+        # Divided where the base unit is larger: 3815668 µs are 3.815668 s, times 1e-6 they would be 3.8156679999999996.
+        samples = [(labels, value * factor if factor >= 1 else value / round(1 / factor)) for labels, value in values
+                   if value is not None]
+        families.append(Family(prefix + name, text, samples))
+    return families
+
+
+def node_families(node: wire.NodeMetrics) -> List[Family]:
+    file_systems = [((('device', disk.device), ('fstype', disk.fstype), ('mountpoint', disk.mountpoint)), disk)
+                    for disk in node.disk_usages]
+    interfaces = [((('device', interface.name),), interface) for interface in node.network_interfaces
+                  if interface.HasField('counters')]
+    return [
+        Family('node_uname_info', 'Labeled system information as provided by the uname system call.', [
+            ((('sysname', 'Linux'), ('release', node.kernel_version), ('machine', node.kernel_arch),
+              ('nodename', node.hostname)), 1)]),
+        Family('node_cpu_seconds_total', 'Seconds the CPUs spent in each mode.', [
+            ((('cpu', str(cpu.cpu)), ('mode', mode)), getattr(cpu.seconds, mode))
+            for cpu in node.cpu_infos for mode in CPU_MODES]),
+        Family('node_cpu_guest_seconds_total', 'Seconds the CPUs spent in guests (VMs) for each mode.', [
+            ((('cpu', str(cpu.cpu)), ('mode', mode)), value) for cpu in node.cpu_infos
+            for mode, value in (('user', cpu.seconds.guest), ('nice', cpu.seconds.guest_nice))]),
+        Family('node_network_up', "Value is 1 if operstate is 'up', 0 otherwise.", [
+            (labels, interface.operstate == 'up') for labels, interface in interfaces if interface.HasField('operstate')]),
+        *families_of(NODE_SAMPLES, [((), node)]),
+        *families_of(DISK_SAMPLES, [((('device', disk.device),), disk) for disk in node.disks]),
+        *families_of(FILE_SYSTEM_SAMPLES, file_systems),
+        *families_of(INTERFACE_SAMPLES, interfaces)]
+
+
+def present_containers(pod: wire.PodMetrics) -> List[wire.ContainerMetrics]:
+    """The one of each name that runs, else the last: a container that was restarted is there twice."""
+    ordered = sorted(pod.container_metrics, key=lambda container: (container.state == 'CONTAINER_RUNNING', container.created_at))
+    return list({container.name: container for container in ordered}.values())
+
+
+def present_pods(pods: Sequence[wire.PodMetrics]) -> List[wire.PodMetrics]:
+    """The last of each name: while a static pod is replaced, its sandbox may be there twice."""
+    return list({(pod.namespace, pod.name): pod for pod in sorted(pods, key=lambda pod: pod.created_at)}.values())
+
+
+def pod_families(pods: Sequence[wire.PodMetrics]) -> List[Family]:
+    by_pod = [((('namespace', pod.namespace), ('pod', pod.name)), pod) for pod in present_pods(pods)]
+    containers = [((*labels, ('container', container.name)), container) for labels, pod in by_pod
+                  for container in present_containers(pod)]
+    cgroups = [(labels, container.cgroup) for labels, container in containers if container.HasField('cgroup')]
+    return [
+        Family('kubensage_pod_info', 'What the pod is.', [
+            ((*labels, ('qos_class', pod.qos_class), ('host_network', str(pod.host_network).lower())), 1)
+            for labels, pod in by_pod]),
+        Family('kubensage_container_info', 'What the container is.', [
+            ((*labels, ('image', container.image), ('state', container.state), ('reason', container.status.reason)), 1)
+            for labels, container in containers]),
+        Family('container_memory_failures_total', 'Cumulative count of memory allocation failures.', [
+            ((*labels, ('failure_type', kind), ('scope', 'container')), getattr(cgroup.memory, kind))
+            for labels, cgroup in cgroups for kind in ('pgfault', 'pgmajfault') if cgroup.memory.HasField(kind)]),
+        *families_of(CGROUP_CPU_SAMPLES, cgroups, 'container_'),
+        *families_of(CONTAINER_SAMPLES, containers),
+        *families_of(CGROUP_IO_SAMPLES, [((*labels, ('device', io.device)), io)
+                                         for labels, cgroup in cgroups for io in cgroup.io]),
+        *families_of(POD_INTERFACE_SAMPLES, [((*labels, ('interface', interface.name)), interface)
+                                             for labels, pod in by_pod for interface in pod.network_interfaces]),
+        *families_of(CGROUP_CPU_SAMPLES, [(labels, pod.cgroup) for labels, pod in by_pod if pod.HasField('cgroup')],
+                     'kubensage_pod_')]
+
+
+def counts_family(name: str, text: str, label: str, counts: Mapping[str, float]) -> Family:
+    return Family(name, text, [(((label, key),), value) for key, value in sorted(counts.items())])
+
+
+def own_families(metrics: wire.Metrics) -> List[Family]:
+    """The agent, the runtime, the services."""
+    agent, runtime = metrics.agent_metrics, metrics.node_metrics.container_runtime
+    services = [((('service', service.name),), service.cgroup) for service in metrics.node_metrics.services]
+    return [
+        Family('kubensage_agent_info', 'The agent.', [((('version', agent.version),), 1)]),
+        Family('kubensage_snapshot_timestamp_seconds', 'When the snapshot was taken.', [((), metrics.timestamp)]),
+        counts_family('kubensage_agent_failures_total', 'Cycles in which a subject could not be read.',
+                      'subject', agent.failures_total),
+        counts_family('kubensage_backlog_dropped_total', 'Snapshots that were not delivered.',
+                      'cause', agent.backlog.dropped_total),
+        Family('kubensage_runtime_info', 'The container runtime.', [
+            ((('name', runtime.name), ('version', runtime.version)), 1)] if runtime.name else []),
+        counts_family('kubensage_runtime_condition', 'Whether the runtime reports this condition.',
+                      'condition', runtime.conditions),
+        counts_family('kubensage_runtime_sandboxes', 'Pod sandboxes by state.', 'state', runtime.sandboxes),
+        counts_family('kubensage_runtime_containers', 'Containers by state.', 'state', runtime.containers),
+        *families_of(AGENT_SAMPLES, [((), agent)]),
+        *families_of(CRI_SAMPLES, [((('method', call.method),), call) for call in agent.cri_methods]),
+        *families_of(CGROUP_CPU_SAMPLES, services, 'kubensage_service_')]
+
+
+def escape_label(value: str) -> str:
+    return value.replace('\\', '\\\\').replace('"', '\\"').replace('\n', '\\n')
+
+
+def render_sample(name: str, labels: Labels, value: float) -> str:
+    text = ','.join(f'{key}="{escape_label(label)}"' for key, label in labels)
+    number = str(int(value)) if math.isfinite(value) and value == int(value) else repr(float(value))
+    return f'{name}{{{text}}} {number}\n' if text else f'{name} {number}\n'
+
+
+def render_family(family: Family, openmetrics: bool) -> str:
+    """Prometheus names the counter with its _total in HELP and TYPE, OpenMetrics without it."""
+    kind = 'counter' if family.name.endswith('_total') else 'gauge'
+    if UNTYPED.match(family.name):
+        kind = 'unknown' if openmetrics else 'untyped'
+    name = family.name[:-len('_total')] if openmetrics and kind == 'counter' else family.name
+    head = f'# HELP {name} {family.help}\n# TYPE {name} {kind}\n'
+    return head + ''.join(render_sample(family.name, labels, value) for labels, value in family.samples)
+
+
+def render_exposition(metrics: wire.Metrics, openmetrics: bool) -> str:
+    """A snapshot in Prometheus' text format, or OpenMetrics without its end. Families without a sample are left out."""
+    families = node_families(metrics.node_metrics) + pod_families(metrics.pod_metrics) + own_families(metrics)
+    return ''.join(render_family(family, openmetrics) for family in families if family.samples)
+
+
+def render_prometheus(metrics: wire.Metrics) -> str:
+    return render_exposition(metrics, False)
+
+
+# --- HTTP
+
+# A connection that says nothing is dropped after so long; there are never more than so many: the oldest makes room.
+HTTP_TIMEOUT_SECONDS = 5
+MAX_CONNECTIONS = 32
+# How long the end of the agent may wait for the server.
+HTTP_POLL_SECONDS = 0.1
+# How old the last snapshot may be before the agent calls itself ill: so many intervals, and at least so long.
+HEALTHY_INTERVALS, HEALTHY_SECONDS = 3, 15
+TEXT_TYPE = 'text/plain; version=0.0.4; charset=utf-8'
+OPENMETRICS_TYPE = 'application/openmetrics-text; version=1.0.0; charset=utf-8'
+INDEX = '''<!DOCTYPE html>
+<title>kubensage-agent</title>
+<h1>kubensage-agent {version}</h1>
+<p>The telemetry agent of {node}. <a href="/metrics">/metrics</a> is for Prometheus, <a href="/healthz">/healthz</a> for probes.
+'''
+
+
+class ListenError(Exception):
+    """The address of --listen cannot be had."""
+
+
+class Published:
+    """The last snapshot, between the collecting thread and those that answer requests; rendered once, when asked for."""
+
+    def __init__(self, interval: float):
+        self.interval = interval
+        self.lock = threading.Lock()
+        self.metrics: Optional[wire.Metrics] = None
+        self.taken = time.monotonic()
+        self.rendered: Dict[bool, bytes] = {}
+
+
+def publish(published: Published, metrics: wire.Metrics) -> None:
+    with published.lock:
+        published.metrics, published.taken, published.rendered = metrics, time.monotonic(), {}
+
+
+def exposition(published: Published, openmetrics: bool) -> Optional[bytes]:
+    """The text of the last snapshot, and its age now; None before there is one."""
+    with published.lock:
+        if published.metrics is None:
+            return None
+        if openmetrics not in published.rendered:
+            published.rendered[openmetrics] = render_exposition(published.metrics, openmetrics).encode()
+        age = Family('kubensage_snapshot_age_seconds', 'Time since the snapshot was taken.',
+                     [((), time.monotonic() - published.taken)])
+        end = '# EOF\n' if openmetrics else ''
+        return published.rendered[openmetrics] + (render_family(age, openmetrics) + end).encode()
+
+
+def ill_health(published: Published) -> Optional[str]:
+    """Why the agent is not well; None when cycles complete."""
+    age = time.monotonic() - published.taken
+    if age > max(HEALTHY_SECONDS, HEALTHY_INTERVALS * published.interval):
+        return f'no snapshot for {age:.0f} s'
+    return None if published.metrics else 'no snapshot yet'
+
+
+def wants_openmetrics(accept: str) -> bool:
+    return 'application/openmetrics-text' in accept
+
+
+def http_answer(published: Published, path: str, accept: str) -> Tuple[int, str, bytes]:
+    """Status, content type and body for a GET."""
+    path = path.partition('?')[0]
+    if path == '/metrics':
+        openmetrics = wants_openmetrics(accept)
+        body = exposition(published, openmetrics)
+        if body is None:
+            return 503, 'text/plain', b'no snapshot yet\n'
+        return 200, OPENMETRICS_TYPE if openmetrics else TEXT_TYPE, body
+    if path == '/healthz':
+        trouble = ill_health(published)
+        return (503, 'text/plain', f'{trouble}\n'.encode()) if trouble else (200, 'text/plain', b'ok\n')
+    if path == '/':
+        node = html.escape(published.metrics.node_metrics.hostname if published.metrics else 'this node')
+        return 200, 'text/html; charset=utf-8', INDEX.format(version=__version__, node=node).encode()
+    return 404, 'text/plain', b'not here: /metrics, /healthz\n'
+
+
+def http_handler(published: Published) -> Any:
+    """The class that answers one request."""
+    import http.server
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        timeout = HTTP_TIMEOUT_SECONDS
+        server_version, sys_version = 'kubensage-agent', ''
+
+        def do_GET(self) -> None:
+            status, content_type, body = http_answer(published, self.path, self.headers.get('Accept', ''))
+            self.send_response(status)
+            self.send_header('Content-Type', content_type)
+            self.send_header('Content-Length', str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *arguments: Any) -> None:
+            log.debug('http: %s', arguments[0] % arguments[1:])
+
+    return Handler
+
+
+def http_server(address: str, published: Published) -> Any:
+    """A server of the standard library with a thread a connection, and a bound on them. OSError: the address cannot be had."""
+    import socketserver
+    connections: Dict[Any, None] = {}
+    lock = threading.Lock()
+
+    # Not http.server.HTTPServer: it asks the DNS for the name of the address, and waits for the answer.
+    class Server(socketserver.ThreadingTCPServer):
+        allow_reuse_address = daemon_threads = True
+        block_on_close = False
+        request_queue_size = 128
+        address_family = socket.AF_INET6 if address.startswith('[') else socket.AF_INET
+
+        def process_request(self, request: Any, client_address: Any) -> None:
+            with lock:
+                connections[request] = None
+                oldest = next(iter(connections)) if len(connections) > MAX_CONNECTIONS else None
+                connections.pop(oldest, None)
+            if oldest:
+                with contextlib.suppress(OSError):
+                    oldest.shutdown(socket.SHUT_RDWR)
+            super().process_request(request, client_address)
+
+        def shutdown_request(self, request: Any) -> None:
+            with lock:
+                connections.pop(request, None)
+            super().shutdown_request(request)
+
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            log.debug('http: %s', sys.exc_info()[1])
+
+    host, _, port = address.rpartition(':')
+    return Server((host.strip('[]'), int(port)), http_handler(published))
+
+
+def start_listening(address: str, published: Published) -> Any:
+    try:
+        server = http_server(address, published)
+    except OSError as error:
+        raise ListenError(f'--listen {address}: {error.strerror or error}') from None
+    threading.Thread(target=server.serve_forever, args=(HTTP_POLL_SECONDS,), name='http', daemon=True).start()
+    return server
+
+
+def stop_listening(server: Any) -> None:
+    server.shutdown()
+    server.server_close()
 
 
 # --- log
@@ -3557,7 +4318,9 @@ def set_up_log(options: argparse.Namespace) -> None:
     """To stderr; with a relay, where nobody may be watching, to a file as well. stdout is the snapshots' own."""
     logging.Formatter.converter = time.gmtime
     os.umask(0o027)
-    handlers: List[logging.Handler] = [logging.StreamHandler()]
+    # The live view has the terminal for itself, and shows what is wrong.
+    hidden = options.live and sys.stderr and sys.stderr.isatty()
+    handlers: List[logging.Handler] = [logging.NullHandler() if hidden else logging.StreamHandler()]
     path = options.log_file or (DEFAULT_LOG_FILE if options.relay_address else None)
     failure = None
     if path:
@@ -3625,7 +4388,7 @@ BOOLEAN: Dict[str, Any] = {'type': argument_boolean, 'nargs': '?', 'const': True
 FLAGS: Dict[str, Dict[str, Any]] = {
     '--relay-address': dict(type=argument_address, metavar='HOST:PORT', help='deliver the snapshots to this relay'),
     '--main-loop-duration': dict(type=number_from(0.1, 'a number of seconds, 0.1 or more', float), default=5,
-                                 metavar='SECONDS', help='time from one snapshot to the next'),
+                                 metavar='SECONDS', help='time from one snapshot to the next; in the live view 2 unless given'),
     '--buffer-retention': dict(type=number_from(0.01, 'a number of minutes, above 0', float), default=10,
                                metavar='MINUTES', help='how long a snapshot waits for a relay that is away'),
     '--buffer-max-size': dict(type=number_from(0.01, 'a number of megabytes, above 0', float), default=64, metavar='MB',
@@ -3642,8 +4405,12 @@ FLAGS: Dict[str, Dict[str, Any]] = {
     '--top-n': dict(type=number_from(0, 'a whole number, 0 or more'), default=10, metavar='N',
                     help='how many of the largest processes to list'),
     '--once': dict(BOOLEAN, default=False, help='take one snapshot, deliver or show it, and exit'),
-    '--output': dict(type=one_of('table', 'json'), metavar='table|json',
-                     help='how to show snapshots without a relay; by default a table on a terminal, else a JSON line each'),
+    '--output': dict(type=one_of('table', 'json', 'prometheus'), metavar='table|json|prometheus',
+                     help='how to write snapshots to stdout; without it and without a relay the live view on a terminal, else '
+                          'a JSON line each'),
+    '--listen': dict(type=argument_address, metavar='ADDRESS:PORT', help='serve /metrics for Prometheus, and /healthz, there'),
+    '--print-unit': dict(BOOLEAN, default=False, help='print a systemd unit for this command line, and exit'),
+    '--print-daemonset': dict(BOOLEAN, default=False, help='print a Kubernetes manifest for this command line, and exit'),
     '--container-stats': dict(type=one_of('cgroup', 'cri'), default='cgroup', metavar='cgroup|cri',
                               help="where containers' CPU, memory and swap come from"),
     '--fs-stats-interval': dict(type=number_from(1, 'a number of seconds, 1 or more', float), default=60, metavar='SECONDS',
@@ -3691,6 +4458,10 @@ def argument_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def variable_of(flag: str) -> str:
+    return 'KUBENSAGE_' + flag[2:].upper().replace('-', '_')
+
+
 def check_relay_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """What a flag alone cannot tell. Files to trust or to show mean that TLS is meant."""
     options.relay_tls = bool(options.relay_tls or options.relay_ca or options.relay_cert)
@@ -3701,18 +4472,272 @@ def check_relay_options(parser: argparse.ArgumentParser, options: argparse.Names
             parser.error(f'{flag} needs TLS: --relay-tls, or --relay-ca FILE')
 
 
-def parse_options(arguments: Optional[Sequence[str]], environment: Dict[str, str]) -> argparse.Namespace:
+def settle_output(options: argparse.Namespace, given: Iterable[str], terminal: bool) -> None:
+    """Where snapshots go when nothing was said: to the relay or to Prometheus if there are any, else to people on a
+    terminal, else to programs."""
+    served = bool(options.relay_address or options.listen)
+    options.live = terminal and not (served or options.once or options.output)
+    if options.live and '--main-loop-duration' not in given:
+        options.main_loop_duration = LIVE_INTERVAL_SECONDS
+    if not options.output and not options.live and (options.once and not options.relay_address or not served):
+        options.output = 'table' if terminal else 'json'
+
+
+def parse_options(arguments: Optional[Sequence[str]], environment: Mapping[str, str],
+                  terminal: bool = False) -> argparse.Namespace:
     """Flags from the environment first, so that those of the command line win. An empty variable is none."""
     parser, options = argument_parser(), argparse.Namespace()
-    for flag in FLAGS:
-        variable = 'KUBENSAGE_' + flag[2:].upper().replace('-', '_')
-        if environment.get(variable):
-            parser.error = functools.partial(fail_usage, f'{variable}: ')
-            parser.parse_args([f'{flag}={environment[variable]}'], options)
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    present = [flag for flag in FLAGS if environment.get(variable_of(flag))]
+    for flag in present:
+        variable = variable_of(flag)
+        parser.error = functools.partial(fail_usage, f'{variable}: ')
+        parser.parse_args([f'{flag}={environment[variable]}'], options)
     parser.error = functools.partial(fail_usage, '')
     options = parser.parse_args(arguments, options)
     check_relay_options(parser, options)
+    settle_output(options, [*present, *(argument.partition('=')[0] for argument in arguments)], terminal)
     return options
+
+
+# --- service
+
+# systemd.exec(5). What would blind the agent is left out: ProcSubset=pid and ProtectProc= hide /proc, PrivateNetwork= the
+# node's interfaces, ProtectClock= denies adjtimex(2) even for reading, PrivateUsers= the runtime's socket.
+UNIT = '''\
+[Unit]
+Description=kubensage-agent, the telemetry of this node
+Wants=network-online.target
+After=network-online.target
+
+[Service]
+Type=notify
+ExecStart={command}
+Restart=always
+RestartSec=5
+WatchdogSec={watchdog_seconds}
+TimeoutStopSec=20
+StateDirectory=kubensage-agent
+StateDirectoryMode=0700
+CacheDirectory=kubensage-agent
+CacheDirectoryMode=0700
+LogsDirectory=kubensage
+LogsDirectoryMode=0750
+UMask=0077
+OOMScoreAdjust=-500
+
+NoNewPrivileges=yes
+CapabilityBoundingSet=CAP_DAC_READ_SEARCH CAP_SYS_PTRACE
+ProtectSystem=strict
+ProtectHome=read-only
+PrivateTmp=yes
+PrivateMounts=yes
+PrivateDevices=yes
+DevicePolicy=closed
+ProtectKernelTunables=yes
+ProtectKernelModules=yes
+ProtectKernelLogs=yes
+ProtectControlGroups=yes
+ProtectHostname=yes
+RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+LockPersonality=yes
+MemoryDenyWriteExecute=yes
+KeyringMode=private
+SystemCallArchitectures=native
+SystemCallFilter=@system-service adjtimex clock_adjtime
+SystemCallFilter=~@resources
+SystemCallErrorNumber=EPERM
+{extra}
+[Install]
+WantedBy=multi-user.target
+'''
+STATE_DIRECTORY = '/var/lib/kubensage-agent'
+WATCHDOG_INTERVALS, WATCHDOG_SECONDS = 10, 60
+DAEMONSET_LISTEN = '0.0.0.0:9551'
+DAEMONSET_DIRECTORY = '/opt/kubensage-agent'
+DAEMONSET = '''\
+apiVersion: v1
+kind: Namespace
+metadata:
+  name: kubensage
+---
+apiVersion: v1
+kind: ServiceAccount
+metadata:
+  name: kubensage-agent
+  namespace: kubensage
+automountServiceAccountToken: false
+---
+apiVersion: apps/v1
+kind: DaemonSet
+metadata:
+  name: kubensage-agent
+  namespace: kubensage
+  labels:
+    app.kubernetes.io/name: kubensage-agent
+    app.kubernetes.io/version: "{version}"
+spec:
+  selector:
+    matchLabels:
+      app.kubernetes.io/name: kubensage-agent
+  updateStrategy:
+    type: RollingUpdate
+    rollingUpdate:
+      maxUnavailable: 10%
+  template:
+    metadata:
+      labels:
+        app.kubernetes.io/name: kubensage-agent
+      annotations:
+        prometheus.io/scrape: "true"
+        prometheus.io/port: "{port}"
+    spec:
+      serviceAccountName: kubensage-agent
+      automountServiceAccountToken: false
+      hostNetwork: true
+      hostPID: true
+      dnsPolicy: ClusterFirstWithHostNet
+      terminationGracePeriodSeconds: 20
+      tolerations:
+        - operator: Exists
+      containers:
+        - name: agent
+          image: python:3-slim
+          # {archive} is to lie on each node.
+          command: ["python3", "-I", "{archive}"]
+          env:
+            - name: NODE_NAME
+              valueFrom:
+                fieldRef:
+                  fieldPath: spec.nodeName
+{environment}
+          ports:
+            - name: metrics
+              containerPort: {port}
+              hostPort: {port}
+          readinessProbe:
+            httpGet:
+              path: /healthz
+              port: metrics
+            periodSeconds: 10
+          livenessProbe:
+            httpGet:
+              path: /healthz
+              port: metrics
+            initialDelaySeconds: 30
+            periodSeconds: 30
+            failureThreshold: 4
+          resources:
+            requests:
+              cpu: 20m
+              memory: 64Mi
+            limits:
+              memory: 256Mi
+          securityContext:
+            runAsUser: 0
+            readOnlyRootFilesystem: true
+            allowPrivilegeEscalation: false
+            capabilities:
+              drop: ["ALL"]
+              add: ["DAC_READ_SEARCH", "SYS_PTRACE"]
+          volumeMounts:
+            - name: archive
+              mountPath: {directory}
+              readOnly: true
+            - name: proc
+              mountPath: /host/proc
+              readOnly: true
+            - name: sys
+              mountPath: /host/sys
+              readOnly: true
+            - name: root
+              mountPath: /host/root
+              readOnly: true
+              mountPropagation: HostToContainer
+            - name: runtime
+              mountPath: {socket_directory}
+              readOnly: true
+            - name: cache
+              mountPath: {cache}
+            - name: state
+              mountPath: /var/lib/kubensage-agent
+      volumes:
+        - name: archive
+          hostPath:
+            path: {directory}
+            type: Directory
+        - name: proc
+          hostPath:
+            path: /proc
+        - name: sys
+          hostPath:
+            path: /sys
+        - name: root
+          hostPath:
+            path: /
+        - name: runtime
+          hostPath:
+            path: {socket_directory}
+            type: Directory
+        # Not an emptyDir: that is writable by all, and nothing is imported from such a place.
+        - name: cache
+          hostPath:
+            path: {cache}
+            type: DirectoryOrCreate
+        - name: state
+          hostPath:
+            path: /var/lib/kubensage-agent
+            type: DirectoryOrCreate
+'''
+# Flags that say what to do now, not how the service is to run.
+ONE_SHOT_FLAGS = ('--print-unit', '--print-daemonset', '--once', '--output')
+
+
+def given_flags(options: argparse.Namespace, arguments: Sequence[str]) -> Dict[str, str]:
+    """The flags on the command line, without those that say what to do now; files by their absolute paths."""
+    named = {argument.partition('=')[0] for argument in arguments} - set(ONE_SHOT_FLAGS)
+    given = {}
+    for flag in sorted(named & FLAGS.keys()):
+        value = getattr(options, flag[2:].replace('-', '_'))
+        if FLAGS[flag].get('metavar') in ('DIR', 'FILE', 'PATH'):
+            value = os.path.abspath(value)
+        given[flag] = str(value).lower() if isinstance(value, bool) else re.sub(r'\.0$', '', str(value))
+    return given
+
+
+def systemd_quote(argument: str) -> str:
+    """systemd.service(5), "Command lines": specifiers and variables are expanded even within quotes."""
+    text = argument.replace('\\', '\\\\').replace('%', '%%').replace('$', '$$').replace('"', '\\"').replace('\n', '\\n')
+    return text if re.fullmatch(r'[^\s"\';]+', text) else f'"{text}"'
+
+
+def render_unit(options: argparse.Namespace, interpreter: str, program: str, arguments: Sequence[str]) -> str:
+    """A unit that runs this program with these flags; the spool, which survives a restart, is on."""
+    flags = given_flags(options, arguments)
+    if options.relay_address:
+        flags.setdefault('--spool-dir', STATE_DIRECTORY)
+    writable = [flags.get('--spool-dir'), os.path.dirname(flags.get('--log-file', ''))]
+    extra = ''.join(f'ReadWritePaths={systemd_quote("-" + path)}\n' for path in writable if path and path != STATE_DIRECTORY)
+    command = [interpreter, '-I', program, *(f'{flag}={value}' for flag, value in flags.items())]
+    return UNIT.format(command=' '.join(map(systemd_quote, command)), extra=extra,
+                       watchdog_seconds=math.ceil(max(WATCHDOG_SECONDS, WATCHDOG_INTERVALS * options.main_loop_duration)))
+
+
+def render_daemonset(options: argparse.Namespace, arguments: Sequence[str], socket_path: str) -> str:
+    """A manifest that runs the archive on every node, the flags given as environment variables."""
+    listen = options.listen or DAEMONSET_LISTEN
+    flags = {**given_flags(options, arguments), '--listen': listen, '--procfs': '/host/proc', '--sysfs': '/host/sys',
+             '--rootfs': '/host/root', '--cri-socket': socket_path}
+    if options.relay_address:
+        flags['--spool-dir'] = STATE_DIRECTORY
+    environment = '\n'.join(f'            - name: {variable_of(flag)}\n              value: {json.dumps(value)}'
+                            for flag, value in sorted(flags.items()))
+    return DAEMONSET.format(
+        version=__version__, port=listen.rpartition(':')[2], directory=DAEMONSET_DIRECTORY, cache=ROOT_CACHE,
+        archive=f'{DAEMONSET_DIRECTORY}/{ARCHIVE_NAME}', environment=environment, socket_directory=os.path.dirname(socket_path))
 
 
 # --- main loop
@@ -3720,28 +4745,75 @@ def parse_options(arguments: Optional[Sequence[str]], environment: Dict[str, str
 # Between the two samples of --once, from which rates are computed.
 ONCE_PAUSE_SECONDS = 0.5
 ONCE_DELIVERY_SECONDS = 10
+# Of a table that goes into a file.
+TABLE_WIDTH = 160
 # How long to wait for an agent that is just being replaced to let go of the spool.
 SPOOL_PATIENCE_SECONDS = 10
 
 
-def install_signals() -> int:
-    """SIGTERM and SIGINT make the returned descriptor readable; the second of them ends the process at once."""
+def install_signals(live: bool) -> int:
+    """SIGTERM and SIGINT make the returned descriptor readable; the second of them ends the process at once, a live view
+    by way of its screen. SIGWINCH makes it readable as well: the terminal has another size."""
     readable, writable = os.pipe()
     os.set_blocking(writable, False)
     signal.set_wakeup_fd(writable)
 
     def on_signal(number: int, frame: Any) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        for again in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(again, signal.default_int_handler if live else signal.SIG_DFL)
 
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)
+    signal.signal(signal.SIGWINCH, lambda number, frame: None)
     return readable
 
 
-def stopped_within(descriptor: int, seconds: float) -> bool:
-    """Sleep, unless a signal to stop comes first or has come."""
-    return bool(select.select([descriptor], [], [], max(0, seconds))[0])
+class Live:
+    """The live view: how it looks, and the two snapshots that it shows."""
+
+    def __init__(self) -> None:
+        self.view = View(80, color=not os.environ.get('NO_COLOR'))
+        self.before: Optional[wire.Metrics] = None
+        self.metrics: Optional[wire.Metrics] = None
+        self.keyboard = [sys.stdin.fileno()] if sys.stdin and sys.stdin.isatty() else []
+
+
+def draw(live: Live) -> None:
+    if live.metrics:
+        width, height = shutil.get_terminal_size()
+        live.view = live.view._replace(width=max(40, width), height=max(8, height))
+        sys.stdout.write(render_frame(render_view(live.before, live.metrics, live.view)))
+        sys.stdout.flush()
+
+
+def stopped_within(descriptor: int, until: float, live: Optional[Live] = None) -> bool:
+    """Sleep until an instant of the monotonic clock, unless a signal to stop comes first or has come. The live view
+    meanwhile answers keys, and a new size of the terminal."""
+    keyboard = live.keyboard if live else []
+    while True:
+        ready = select.select([descriptor, *keyboard], [], [], max(0, until - time.monotonic()))[0]
+        if not ready:
+            return False
+        if descriptor in ready and set(os.read(descriptor, 64)) & {signal.SIGTERM, signal.SIGINT}:
+            return True
+        if live is None:
+            continue
+        if ready[-1] in keyboard and read_keys(live):
+            return True
+        draw(live)
+
+
+def read_keys(live: Live) -> bool:
+    """Do what was typed; whether it was q. A terminal that has gone types no more."""
+    try:
+        keys = os.read(live.keyboard[0], 64).decode(errors='replace')
+    except OSError:
+        keys = ''
+    if not keys:
+        live.keyboard.clear()
+    for key in keys:
+        live.view = press_key(live.view, key, live.metrics)
+    return 'q' in keys
 
 
 def next_tick(start: float, interval: float, now: float) -> float:
@@ -3798,24 +4870,66 @@ def backlog_from(options: argparse.Namespace) -> Backlog:
     return Backlog(retention_seconds, max_bytes)
 
 
-def show(metrics: wire.Metrics, output: str) -> None:
+class Outlets(NamedTuple):
+    """Where snapshots go."""
+    output: Optional[str] = None
+    backlog: Optional[Backlog] = None
+    published: Optional[Published] = None
+    live: Optional[Live] = None
+
+
+def open_outlets(options: argparse.Namespace, closing: contextlib.ExitStack) -> Outlets:
+    """As the options say; what has to be closed is closed with `closing`, in the opposite order."""
+    backlog = published = live = None
+    if options.listen:
+        published = Published(options.main_loop_duration)
+        closing.callback(stop_listening, start_listening(options.listen, published))
+    if options.relay_address:
+        backlog, relay = backlog_from(options), relay_from(options)
+        log_exposure(relay)
+        closing.callback(end_delivery, backlog, start_delivery(backlog, relay))
+    if options.live:
+        live = Live()
+        closing.enter_context(live_screen())
+    return Outlets(options.output, backlog, published, live)
+
+
+def end_delivery(backlog: Backlog, sender: threading.Thread) -> None:
+    left = close_backlog(backlog, sender, LAST_ATTEMPT_SECONDS)
+    if left:
+        log.warning('stopped: %d snapshots were not acknowledged%s', left, '; the spool keeps them' if backlog.spool else '')
+
+
+def show(before: Optional[wire.Metrics], metrics: wire.Metrics, output: str) -> None:
     """To stdout, which may be closed (>&-)."""
-    if sys.stdout:
-        sys.stdout.write(RENDERERS[output](metrics).rstrip('\n') + '\n')
-        sys.stdout.flush()
+    if not sys.stdout:
+        return
+    if output == 'table':
+        text = render_view(before, metrics, View(shutil.get_terminal_size((TABLE_WIDTH, 0)).columns))
+    else:
+        text = render_json(metrics) if output == 'json' else render_prometheus(metrics)
+    sys.stdout.write(text.rstrip('\n') + '\n')
+    sys.stdout.flush()
 
 
-def hand_over(metrics: wire.Metrics, options: argparse.Namespace, backlog: Optional[Backlog]) -> Dict[str, str]:
-    """To the backlog, or without a relay to stdout; gives what went wrong."""
-    if backlog is not None:
-        return add_snapshot(backlog, metrics.SerializeToString())
+def hand_over(before: Optional[wire.Metrics], metrics: wire.Metrics, outlets: Outlets) -> Dict[str, str]:
+    """To each outlet; gives what went wrong."""
+    failures: Dict[str, str] = {}
+    if outlets.published:
+        publish(outlets.published, metrics)
+    if outlets.backlog:
+        failures.update(add_snapshot(outlets.backlog, metrics.SerializeToString()))
     try:
-        show(metrics, options.output)
+        if outlets.live:
+            outlets.live.before, outlets.live.metrics = before, metrics
+            draw(outlets.live)
+        if outlets.output:
+            show(before, metrics, outlets.output)
     except BrokenPipeError:
         raise
     except OSError as error:
-        return {'output': error.strerror}
-    return {}
+        failures['output'] = error.strerror
+    return failures
 
 
 def run_once(roots: Roots, options: argparse.Namespace) -> int:
@@ -3827,8 +4941,9 @@ def run_once(roots: Roots, options: argparse.Namespace) -> int:
         run.sequence = 0
         part = collect_snapshot(roots, options, first.after, pods_thread, run)
     log_changes({}, part.failures)
+    if options.output:
+        show(first.message, part.message, options.output)
     if not options.relay_address:
-        show(part.message, options.output)
         return 0
     backlog, relay = backlog_from(options), relay_from(options)
     log_exposure(relay)
@@ -3838,28 +4953,25 @@ def run_once(roots: Roots, options: argparse.Namespace) -> int:
 
 
 def run_cycle(roots: Roots, options: argparse.Namespace, memory: Memory, pods_thread: concurrent.futures.Executor,
-              run: Run, backlog: Optional[Backlog]) -> Tuple[Memory, Dict[str, str]]:
+              run: Run, outlets: Outlets) -> Tuple[Memory, Dict[str, str]]:
     """One snapshot, taken and handed over; what the next cycle needs, and what went wrong."""
-    part = collect_snapshot(roots, options, memory, pods_thread, run, backlog)
-    failures = {**part.failures, **hand_over(part.message, options, backlog)}
-    status = status_line(part.message, backlog, failures)
+    part = collect_snapshot(roots, options, memory, pods_thread, run, outlets.backlog)
+    failures = {**part.failures, **hand_over(memory.metrics, part.message, outlets)}
+    status = status_line(part.message, outlets.backlog, failures)
     notify_systemd(('READY=1\n' if run.cycles == 1 else '') + f'WATCHDOG=1\nSTATUS={status}')
-    return part.after, failures
+    return part.after._replace(metrics=part.message if outlets.live or outlets.output == 'table' else None), failures
 
 
 def run_loop(roots: Roots, options: argparse.Namespace) -> int:
     """A snapshot each interval, until a signal; then one last attempt to deliver what is left."""
-    descriptor, run, interval = install_signals(), Run(), options.main_loop_duration
-    backlog = sender = None
-    if options.relay_address:
-        backlog, relay = backlog_from(options), relay_from(options)
-        log_exposure(relay)
-        sender = start_delivery(backlog, relay)
+    descriptor, run, interval = install_signals(options.live), Run(), options.main_loop_duration
     memory, troubles, late, tick, stopped = Memory(), {}, {}, time.monotonic(), False
-    with concurrent.futures.ThreadPoolExecutor(1, 'pods') as pods_thread:
+    with contextlib.ExitStack() as closing:
+        outlets = open_outlets(options, closing)
+        pods_thread = closing.enter_context(concurrent.futures.ThreadPoolExecutor(1, 'pods'))
         while not stopped:
             try:
-                memory, failures = run_cycle(roots, options, memory, pods_thread, run, backlog)
+                memory, failures = run_cycle(roots, options, memory, pods_thread, run, outlets)
                 log_changes(troubles, {**failures, **late})
                 troubles = {**failures, **late}
             except BrokenPipeError:
@@ -3871,26 +4983,40 @@ def run_loop(roots: Roots, options: argparse.Namespace) -> int:
             skipped = round((tick - previous) / interval) - 1
             run.skipped_ticks += skipped
             late = {'pace': f'a cycle takes longer than {interval:g} s: ticks are skipped'} if skipped else {}
-            stopped = stopped_within(descriptor, tick - time.monotonic())
-    notify_systemd('STOPPING=1')
-    left = close_backlog(backlog, sender, LAST_ATTEMPT_SECONDS) if backlog else 0
-    if left:
-        log.warning('stopped: %d snapshots were not acknowledged%s', left, '; the spool keeps them' if backlog.spool else '')
+            stopped = stopped_within(descriptor, tick, outlets.live)
+        notify_systemd('STOPPING=1')
+    return 0
+
+
+def print_service(options: argparse.Namespace, arguments: Sequence[str], roots: Roots) -> int:
+    if options.print_unit:
+        program = getattr(globals().get('__loader__'), 'archive', None) or __file__
+        text = render_unit(options, sys.executable, os.path.abspath(program), arguments)
+    else:
+        endpoints = collect_endpoints(roots, options.cri_socket)
+        present = [path for path in endpoints if read_socket_inode(path)]
+        text = render_daemonset(options, arguments, (present or (endpoints if options.cri_socket else CRI_SOCKETS))[0])
+    sys.stdout.write(text)
     return 0
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
-    options = parse_options(arguments, dict(os.environ))
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = parse_options(arguments, os.environ, bool(sys.stdout and sys.stdout.isatty()))
     options.cri_socket = options.cri_socket or os.environ.get('CONTAINER_RUNTIME_ENDPOINT')
-    options.output = options.output or ('table' if sys.stdout and sys.stdout.isatty() else 'json')
     if sys.stdout:
         # A terminal of another encoding gets a ? and not a traceback.
         sys.stdout.reconfigure(errors='replace')
+    roots = Roots(options.procfs, options.sysfs, options.rootfs)
+    if options.print_unit or options.print_daemonset:
+        return print_service(options, arguments, roots)
     set_up_log(options)
     log_blind_spots()
-    roots = Roots(options.procfs, options.sysfs, options.rootfs)
     try:
         return run_once(roots, options) if options.once else run_loop(roots, options)
+    except ListenError as error:
+        log.error('%s', error)
+        return 1
     except BrokenPipeError:
         # The reader of stdout has gone. Python would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -24,10 +24,12 @@ import logging
 import lzma
 import math
 import os
+import pty
 import py_compile
 import queue
 import random
 import re
+import select
 import shutil
 import signal
 import socket
@@ -38,6 +40,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import termios
 import textwrap
 import threading
 import time
@@ -55,6 +58,7 @@ import cri_pb2 as cri
 import grpc
 import kubensage_pb2 as wire
 from google.protobuf import json_format
+from google.protobuf.wrappers_pb2 import UInt64Value
 
 # --- texts
 
@@ -2383,42 +2387,6 @@ class OutputTest(AgentTest):
             ((59,), '0 min'), ((3599,), '59 min'), ((3600,), '1 h 0 min'), ((172799,), '47 h 59 min'), ((172800,), '2 d 0 h'),
             ((180000,), '2 d 2 h')])
 
-    def test_columns_are_as_wide_as_their_widest_cell_and_numbers_to_the_right(self):
-        self.assertEqual(['', 'NAME  SIZE  KIND', 'a        1  x', 'bcd   1000  -', 'ef          yz'],
-                         agent.render_columns(('NAME', 'SIZE', 'KIND'),
-                                              [('a', '1', 'x'), ('bcd', '1000', '-'), ('ef', '', 'yz')]))
-        self.assertEqual([], agent.render_columns(('NAME',), []))
-
-    def test_control_codes_do_not_reach_the_table(self):
-        evil = 'a\x1b[31m\x9bm\x07\r\n\u202eb'
-        node = wire.NodeMetrics(
-            hostname=evil, platform=evil, cpu_infos=[wire.CpuInfo(model=evil)],
-            processes_mem_info=[wire.ProcessMemInfo(pid=1, name=evil, memory=1)],
-            disk_usages=[wire.DiskUsage(device=evil, mountpoint=evil, fstype=evil)])
-        pod = wire.PodMetrics(name=evil, namespace=evil, container_metrics=[wire.ContainerMetrics(name=evil, state=evil)])
-        table = agent.render_table(wire.Metrics(node_metrics=node, pod_metrics=[pod]))
-        self.assertEqual(set(), {char for char in table if not char.isprintable()} - {'\n'})
-        self.assertEqual(11, table.count('a?[31m?m????b'))
-
-    def test_table_shows_the_node(self):
-        table = agent.render_table(wire.Metrics(node_metrics=agent.collect_node(roots_below(self.tree(NODE)), {}, 10).message))
-        for line in (
-                'node-d13  debian 13.7  Linux 6.12.107+deb13-cloud-amd64 x86_64  up 4 min',
-                'cpu      1 CPU (QEMU TCG CPU version 2.5+), 3 processes',
-                'memory   11.5 % used: 452.9 MiB of 3.8 GiB, 3.4 GiB available',
-                'network  365.8 KiB received, 161.5 MiB sent since boot',
-                'disks    797.5 MiB read, 639.2 MiB written since boot',
-                'cpu some     70.95 %  69.15 %  38.90 %',
-                'memory full   5.50 %   6.50 %   7.50 %',
-                'new?line) R 1  2592  2.0 MiB'):
-            with self.subTest(line):
-                self.assertIn(f'\n{line}\n', f'\n{table}')
-        self.assertNotIn('io full', table)
-
-    def test_unknown_values_are_not_shown_as_zero(self):
-        table = agent.render_table(wire.Metrics(node_metrics=wire.NodeMetrics(total_memory=2 ** 30)))
-        self.assertNotIn(' 0', table)
-
     def test_json_is_one_line_of_ascii_and_leaves_out_what_is_absent(self):
         name = 'new\nline \x9b \u2028 \u20ac'
         metrics = wire.Metrics(timestamp=1, node_metrics=wire.NodeMetrics(hostname=name, uptime=0))
@@ -2430,10 +2398,583 @@ class OutputTest(AgentTest):
 
     def test_terminal_of_another_encoding_gets_question_marks(self):
         root = self.tree({'proc/7/statm': '1 2 3\n', 'proc/7/comm': 'na\u20acme\n'})
-        for output in agent.RENDERERS:
+        for output in ('table', 'json', 'prometheus'):
             with self.subTest(output):
                 run = run_on_tree(root, '--output', output, PYTHONIOENCODING='ascii')
                 self.assertEqual((0, []), (run.returncode, run.stderr.splitlines()[2 - (os.geteuid() == 0):]))
+
+
+# --- live view
+
+def sample(seconds: float, **node: Any) -> wire.Metrics:
+    """A node after so many seconds of the agent: every counter has gone on by 1000 a second."""
+    count = round(1000 * seconds)
+    defaults = dict(
+        hostname='node-a', platform='debian', platform_version='13', kernel_version='6.12.1', uptime=7200,
+        total_cpu_percentage=75.0, cpu_infos=[wire.CpuInfo(cpu=0), wire.CpuInfo(cpu=1)],
+        cpu_seconds=wire.CpuSeconds(user=3 * seconds, system=2 * seconds, idle=5 * seconds), total_memory=2**30,
+        memory_used_perc=50.0, memory_detail=wire.MemoryDetail(swap_total_bytes=2**30, swap_free_bytes=2**28),
+        load_average=wire.LoadAverage(load1=1.5, load5=2.5, load15=3.5), procs=99,
+        net_usage=wire.NetUsage(total_bytes_received=count, total_bytes_sent=2 * count),
+        disk_io_summary=wire.DiskIOSummary(total_read_bytes=3 * count, total_write_bytes=4 * count),
+        disk_usages=[wire.DiskUsage(mountpoint='/', used_percent=20), wire.DiskUsage(mountpoint='/data', used_percent=85),
+                     wire.DiskUsage(mountpoint='/nfs', stuck=True)],
+        container_runtime=wire.RuntimeMetrics(name='containerd', version='2.0', conditions={'RuntimeReady': True}))
+    return wire.Metrics(node_metrics=wire.NodeMetrics(**{**defaults, **node}), agent_metrics=wire.AgentMetrics(
+        uptime_seconds=seconds, cpu_seconds_total=seconds / 50, resident_bytes=2**25))
+
+
+def shown_container(container_id: str, seconds: float, cores: float = 0, memory: int = 0, **others: Any) -> wire.ContainerMetrics:
+    """Throttled in one period of four, where its limit is 2 cores."""
+    periods = round(10 * seconds)
+    cgroup = wire.CgroupMetrics(
+        cpu=wire.CgroupCpu(quota_usec=200000, period_usec=100000, nr_periods=periods, nr_throttled=periods // 4),
+        memory=wire.CgroupMemory(max_bytes=2**30),
+        io=[wire.CgroupIo(device='8:0', rbytes=round(2048 * seconds)), wire.CgroupIo(device='8:1', wbytes=round(4096 * seconds))])
+    return wire.ContainerMetrics(**{**dict(
+        id=container_id, name=container_id, state='CONTAINER_RUNNING', image=f'registry/{container_id}:1', cgroup=cgroup,
+        cpu_metrics=wire.CpuMetrics(usage_nano_cores=UInt64Value(value=round(cores * 1e9))),
+        memory_metrics=wire.MemoryMetrics(working_set_bytes=UInt64Value(value=memory))), **others})
+
+
+def shown_pods(seconds: float) -> List[wire.PodMetrics]:
+    interfaces = [wire.PodInterface(name=f'eth{n}', counters=wire.InterfaceCounters(
+        rx_bytes=round(512 * seconds), tx_bytes=round(256 * seconds))) for n in (0, 1)]
+    return [
+        wire.PodMetrics(id='1', namespace='shop', name='web', network_interfaces=interfaces, container_metrics=[
+            shown_container('nginx', seconds, 1.9, 2**28, restart_count=3)]),
+        wire.PodMetrics(id='2', namespace='kube-system', name='dns', container_metrics=[
+            shown_container('coredns', seconds, 0.25, 2**29, restart_count=7)]),
+        wire.PodMetrics(id='3', namespace='shop', name='job', container_metrics=[
+            shown_container('old', 0, state='CONTAINER_EXITED', status=wire.ContainerStatus(reason='OOMKilled', exit_code=137))])]
+
+
+def without_colors(text: str) -> str:
+    return re.sub(r'\x1b\[\d*m', '', text)
+
+
+class LiveViewTest(AgentTest):
+    def view(self, width: int = 80, height: Optional[int] = 24, **others: Any) -> str:
+        before, after = sample(10), sample(12)
+        before.pod_metrics.extend(shown_pods(10))
+        after.pod_metrics.extend(shown_pods(12))
+        return agent.render_view(before, after, agent.View(width, height, **others))
+
+    def test_eighty_columns(self) -> None:
+        self.assertEqual(self.view().splitlines(), [
+            'node-a  debian 13  Linux 6.12.1  up 2 h 0 min',
+            'cpu  [||||||||||    ]  75.0% of 2 CPUs  us 30 sy 20 ni 0 io 0 si 0 st 0',
+            'mem  [|||||||       ]  50.0% of 1.0 GiB  swap [||||||||||    ] 75% of 1.0 GiB',
+            'load 1.50 2.50 3.50  99 processes  pressure not known',
+            'i/o  network in 1.0K/s out 2.0K/s   disks read 2.9K/s write 3.9K/s',
+            'disk /nfs STUCK  /data 85%  / 20%',
+            'cri  containerd 2.0 ready   agent 2.0% cpu 32.0 MiB',
+            '',
+            '3 pods, 2/3 containers running, by cpu   c m r sort, n namespace, q quit',
+            'NAMESPACE   POD CONTAINER   CPU %LIM  THR   MEM %LIM RST STATE',
+            'shop        web nginx      1.90  95%  25%  256M  25%   3 running',
+            'kube-system dns coredns    0.25  12%  25%  512M  50%   7 running',
+            'shop        job old        0.00   0%          0   0%   0 OOMKilled'])
+
+    def test_two_hundred_columns_have_rates_and_images(self) -> None:
+        lines = self.view(200).splitlines()
+        self.assertEqual(lines[9:12], [
+            'NAMESPACE   POD CONTAINER   CPU %LIM  THR   MEM %LIM   RX/s  TX/s READ/s WRITE/s RST STATE     IMAGE',
+            'shop        web nginx      1.90  95%  25%  256M  25%   1.0K   512   2.0K    4.0K   3 running   registry/nginx:1',
+            'kube-system dns coredns    0.25  12%  25%  512M  50%      -     -   2.0K    4.0K   7 running   registry/coredns:1'])
+
+    def test_keys_sort_and_go_through_the_namespaces(self) -> None:
+        metrics = wire.Metrics(pod_metrics=shown_pods(1))
+        first = {'c': 'nginx', 'm': 'coredns', 'r': 'coredns'}
+        for key, name in first.items():
+            view = agent.press_key(agent.View(80), key, metrics)
+            self.assertIn(name, agent.render_view(None, metrics, view).splitlines()[10], key)
+            self.assertIn(f'by {agent.SORTED_BY[key]}', agent.render_view(None, metrics, view))
+        view, seen = agent.View(80), []
+        for _ in range(4):
+            view = agent.press_key(view, 'n', metrics)
+            seen.append(view.namespace)
+        self.assertEqual(seen, ['kube-system', 'shop', '', 'kube-system'])
+        only = agent.render_view(None, metrics, view)
+        self.assertTrue('coredns' in only and 'nginx' not in only and '1 pod in kube-system' in only, only)
+        for key in ('x', 'q', '\x1b', '\n'):
+            self.assertEqual(agent.press_key(view, key, metrics), view)
+        self.assertEqual(agent.press_key(view._replace(namespace='gone'), 'n', metrics).namespace, '')
+        self.assertEqual(agent.press_key(view, 'n', None), view)
+
+    def test_never_wider_or_higher_than_the_view(self) -> None:
+        after = sample(1)
+        after.pod_metrics.extend(
+            wire.PodMetrics(id=str(n), namespace=f'{"n" * 30}{n}', name='p' * 200, container_metrics=[
+                shown_container('c' * 99, 1, 300, 2**55, id=str(n), restart_count=12345)]) for n in range(300))
+        after.node_metrics.disk_usages.extend(wire.DiskUsage(mountpoint='/' + 'm' * 50, used_percent=99) for _ in range(20))
+        for width, height in ((40, 8), (40, 9), (80, 24), (109, 11), (110, 50), (160, 12), (200, 50), (80, 1000)):
+            for color in (False, True):
+                with self.subTest(width=width, height=height, color=color):
+                    lines = without_colors(agent.render_view(None, after, agent.View(width, height, color=color))).split('\n')
+                    self.assertLessEqual(max(map(len, lines)), width)
+                    self.assertLessEqual(len(lines), height)
+                    if height < 300:
+                        self.assertEqual(lines[-1], f'... {310 - height + 1} more')
+        self.assertEqual(agent.render_view(None, after, agent.View(200)).count('\n'), 309)
+
+    def test_colours_tell_what_is_wrong_and_nothing_else_is_a_control_code(self) -> None:
+        self.assertNotIn('\x1b', self.view(200))
+        text = self.view(200, color=True)
+        for color, marked in ((agent.RED, '/nfs STUCK'), (agent.YELLOW, '/data 85%'), (agent.RED, ' 95%'),
+                              (agent.YELLOW, 'OOMKilled'), (agent.BOLD, 'node-a'), (agent.YELLOW, '|||||||||||||||')):
+            with self.subTest(marked):
+                self.assertIn(color + marked, text)
+        self.assertNotIn(agent.YELLOW + '/ 20%', text)
+        self.assertEqual(without_colors(text), self.view(200))
+
+    def test_a_runtime_in_trouble_is_named(self) -> None:
+        for runtime, expected in (
+                (wire.RuntimeMetrics(name='cri-o', version='1', conditions={'RuntimeReady': True, 'NetworkReady': False}),
+                 'cri  cri-o 1 NOT READY (NetworkReady)'),
+                (wire.RuntimeMetrics(name='cri-o', version='1'), 'cri  cri-o 1 '),
+                (wire.RuntimeMetrics(), 'cri  no container runtime found')):
+            with self.subTest(expected):
+                self.assertIn(expected, agent.render_view(None, sample(1, container_runtime=runtime), agent.View(80)))
+        before, after = sample(1), sample(2)
+        before.agent_metrics.failures_total.update({'disks': 3})
+        after.agent_metrics.failures_total.update({'disks': 3, 'memory': 1})
+        self.assertIn('  in trouble: memory\n', agent.render_view(before, after, agent.View(80)))
+
+    def test_names_are_not_control_codes(self) -> None:
+        evil = 'a\x1b[31m\x9bm\x07\r\n\u202eb'
+        metrics = sample(1, hostname=evil, platform=evil, disk_usages=[
+            wire.DiskUsage(mountpoint=evil), wire.DiskUsage(mountpoint=evil, stuck=True)],
+            container_runtime=wire.RuntimeMetrics(name=evil, version=evil, conditions={evil: False}))
+        metrics.agent_metrics.failures_total[evil] = 1
+        metrics.pod_metrics.add(name=evil, namespace=evil, container_metrics=[wire.ContainerMetrics(
+            name=evil, state=evil, image=evil)])
+        for view in (agent.View(400), agent.View(400, namespace=evil)):
+            text = agent.render_view(None, metrics, view)
+            self.assertEqual({char for char in text if not char.isprintable()}, {'\n'})
+            self.assertGreaterEqual(text.count('a?[31m?m????b'), 11)
+
+    def test_unknown_values_are_not_shown_as_zero(self) -> None:
+        for metrics in (wire.Metrics(), wire.Metrics(pod_metrics=[wire.PodMetrics(container_metrics=[wire.ContainerMetrics()])])):
+            text = agent.render_view(None, metrics, agent.View(200))
+            self.assertNotIn('0', ''.join(text.splitlines()[:6]))
+
+    def test_rates_need_two_samples_of_one_counter(self) -> None:
+        self.check_table(agent.per_second, [
+            ((None, 1, 1), None), ((1, None, 1), None), ((1, 2, 0), None), ((2, 1, 1), None), ((10, 30, 4), 5.0), ((0, 0, 2), 0.0)])
+
+    def test_numbers_take_five_columns_at_most(self) -> None:
+        self.check_table(agent.human_short, [
+            ((0,), '0'), ((998,), '998'), ((1023,), '1.0K'), ((1536,), '1.5K'), ((34 * 2**20,), '34M'),
+            ((1.1 * 2**30,), '1.1G'), ((5 * 2**50,), '5P')])
+        self.assertLessEqual(max(len(agent.human_short(1.07 ** n)) for n in range(500)), 5)
+
+    def test_a_frame_clears_what_was_there(self) -> None:
+        self.assertEqual(agent.render_frame('a\nb'), '\x1b[Ha\x1b[K\r\nb\x1b[K\x1b[J')
+
+
+class Terminal:
+    """The agent on a terminal of its own."""
+
+    def __init__(self, test: AgentTest, *arguments: str, size: Tuple[int, int] = (24, 80), **environment: str):
+        self.master, self.slave = pty.openpty()
+        self.text = ''
+        self.resize(*size)
+        self.before = termios.tcgetattr(self.slave)
+        root = test.tree({'proc/sys/kernel/hostname': 'node-pty\n', 'proc/loadavg': '0.01 0.02 0.03 1/2 3\n'})
+        clean = {name: value for name, value in os.environ.items()
+                 if not name.startswith('KUBENSAGE_') and name not in ('NO_COLOR', 'COLUMNS', 'LINES')}
+        self.process = subprocess.Popen(
+            [sys.executable, *(arguments or (agent.__file__,)), '--procfs', f'{root}/proc', '--sysfs', f'{root}/sys',
+             '--rootfs', root, '--cri-socket', f'{root}/no.sock', '--main-loop-duration', '60'],
+            stdin=self.slave, stdout=self.slave, stderr=self.slave, env={**clean, **environment}, start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
+        test.addCleanup(self.close)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self.master)
+        os.close(self.slave)
+
+    def resize(self, rows: int, columns: int) -> None:
+        fcntl.ioctl(self.master, termios.TIOCSWINSZ, struct.pack('HHHH', rows, columns, 0, 0))
+
+    def wait_for(self, text: str) -> str:
+        """What is written up to and with this text, from where the last wait ended."""
+        until = time.monotonic() + PATIENCE_SECONDS
+        while text not in self.text:
+            if not select.select([self.master], [], [], max(0, until - time.monotonic()))[0]:
+                raise AssertionError(f'{text!r} is not in {self.text!r}')
+            self.text += os.read(self.master, 65536).decode()
+        seen, _, self.text = self.text.partition(text)
+        return seen + text
+
+    def press(self, keys: str) -> None:
+        os.write(self.master, keys.encode())
+
+
+class TerminalTest(AgentTest):
+    def check_left(self, terminal: Terminal, code: int) -> None:
+        """The screen and the terminal's attributes are as they were."""
+        terminal.wait_for(agent.PLAIN + agent.LEAVE_SCREEN)
+        self.assertEqual(terminal.process.wait(PATIENCE_SECONDS), code)
+        self.assertEqual(termios.tcgetattr(terminal.slave), terminal.before)
+
+    def test_keys_and_a_new_size_redraw_at_once_and_q_ends_it(self) -> None:
+        terminal = Terminal(self)
+        self.assertIn('node-pty', terminal.wait_for('by cpu   c m r sort, n namespace, q quit'))
+        self.assertFalse(termios.tcgetattr(terminal.slave)[3] & (termios.ECHO | termios.ICANON))
+        terminal.press('m')
+        terminal.wait_for('by memory')
+        terminal.wait_for(agent.CLEAR_BELOW)
+        terminal.resize(24, 60)
+        line = without_colors(terminal.wait_for(agent.CLEAR_BELOW)).splitlines()[-1]
+        self.assertEqual(line.split('\x1b')[0], '0 pods, 0/0 containers running, by memory   c m r sort, n na')
+        terminal.press('rq')
+        self.check_left(terminal, 0)
+
+    def test_signals_leave_the_terminal_as_it_was(self) -> None:
+        terminals = [Terminal(self), Terminal(self), Terminal(self, NO_COLOR='1')]
+        for terminal in terminals:
+            drawn = terminal.wait_for(agent.CLEAR_BELOW)
+            self.assertEqual(agent.BOLD in drawn, terminal is not terminals[2])
+        terminals[0].process.terminate()
+        self.check_left(terminals[0], 0)
+        with open(f'/proc/{terminals[1].process.pid}/status', encoding='utf-8') as status:
+            ignored = int(re.search(r'SigIgn:\s+(\w+)', status.read()).group(1), 16)
+        self.assertTrue(ignored >> signal.SIGTSTP - 1 & 1)
+        terminals[1].press('\x03')
+        self.check_left(terminals[1], 0)
+        terminals[2].press('q')
+        self.check_left(terminals[2], 0)
+
+    def test_a_crash_and_a_second_interrupt_leave_the_terminal_as_it_was(self) -> None:
+        """A crash that the loop does not survive, and a cycle that hangs while Ctrl-C is pressed twice."""
+        crash = 'agent.stopped_within = lambda *arguments: 1 / 0'
+        hang = 'agent.run_cycle = lambda *arguments: (print("hung", flush=True), time.sleep(60))'
+        crashed, hung = (Terminal(self, '-c', f'import sys, time; sys.path.insert(0, {os.path.dirname(agent.__file__)!r}); '
+                                  f'import agent; {fault}; sys.exit(agent.main())') for fault in (crash, hang))
+        self.check_left(crashed, 1)
+        crashed.wait_for('ZeroDivisionError')
+        hung.wait_for('hung')
+        hung.press('\x03')
+        time.sleep(0.1)
+        hung.press('\x03')
+        self.check_left(hung, 130)
+
+
+# --- Prometheus
+
+def exposed_metrics() -> wire.Metrics:
+    disks = [wire.DiskUsage(device='/dev/a', fstype='ext4', mountpoint='/', total=100, free=40, read_only=False),
+             wire.DiskUsage(device='nas:/', fstype='nfs', mountpoint='/nfs', stuck=True)]
+    interfaces = [wire.InterfaceStat(name=f'eth{n}', operstate='up', speed_mbits=1000,
+                                     counters=wire.InterfaceCounters(rx_bytes=11 + n)) for n in (0, 1)]
+    kubelet = wire.ServiceMetrics(name='kubelet.service', cgroup=wire.CgroupMetrics(cpu=wire.CgroupCpu(usage_usec=1500000)))
+    metrics = sample(10, disk_usages=disks, network_interfaces=interfaces, services=[kubelet], boot_time=1700000000,
+                     vmstat=wire.Vmstat(oom_kill=2),
+                     psi_cpu_metrics=wire.PsiMetrics(some=wire.PsiData(total=UInt64Value(value=3815668))))
+    metrics.timestamp = 1700000123
+    metrics.pod_metrics.extend(shown_pods(10))
+    # The same container before its restart, and the same pod with a sandbox before this one.
+    metrics.pod_metrics[0].container_metrics.insert(0, shown_container(
+        'before', 10, state='CONTAINER_EXITED', name='nginx', created_at=1, status=wire.ContainerStatus(exit_code=1)))
+    metrics.pod_metrics[0].container_metrics[1].created_at = 2
+    metrics.pod_metrics.add(id='0', namespace='shop', name='web', created_at=-1, container_metrics=[shown_container('nginx', 1)])
+    metrics.agent_metrics.failures_total['memory'] = 3
+    metrics.agent_metrics.cri_methods.add(method='Version', calls_total=4, seconds_total=0.25)
+    return metrics
+
+
+GOLDEN_EXPOSITION = '''\
+node_network_up{device="eth1"} 1
+# HELP node_boot_time_seconds Node boot time, in unixtime.
+# TYPE node_boot_time_seconds gauge
+node_boot_time_seconds 1700000000
+# HELP node_load1 1m load average.
+# TYPE node_load1 gauge
+node_load1 1.5
+node_memory_MemTotal_bytes 1073741824
+# TYPE node_vmstat_oom_kill untyped
+node_vmstat_oom_kill 2
+node_pressure_cpu_waiting_seconds_total 3.815668
+node_filesystem_size_bytes{device="/dev/a",fstype="ext4",mountpoint="/"} 100
+node_filesystem_avail_bytes{device="/dev/a",fstype="ext4",mountpoint="/"} 40
+node_filesystem_readonly{device="/dev/a",fstype="ext4",mountpoint="/"} 0
+node_filesystem_device_error{device="nas:/",fstype="nfs",mountpoint="/nfs"} 1
+node_network_speed_bytes{device="eth1"} 125000000
+# TYPE node_network_receive_bytes_total counter
+node_network_receive_bytes_total{device="eth0"} 11
+node_network_receive_bytes_total{device="eth1"} 12
+kubensage_container_info{namespace="shop",pod="web",container="nginx",image="registry/nginx:1",state="CONTAINER_RUNNING",reason=""} 1
+container_cpu_cfs_throttled_periods_total{namespace="shop",pod="web",container="nginx"} 25
+container_spec_memory_limit_bytes{namespace="shop",pod="web",container="nginx"} 1073741824
+container_memory_working_set_bytes{namespace="shop",pod="web",container="nginx"} 268435456
+kubensage_container_restarts{namespace="kube-system",pod="dns",container="coredns"} 7
+kubensage_container_exit_code{namespace="shop",pod="job",container="old"} 137
+container_fs_reads_bytes_total{namespace="shop",pod="web",container="nginx",device="8:0"} 20480
+container_network_receive_bytes_total{namespace="shop",pod="web",interface="eth1"} 5120
+kubensage_snapshot_timestamp_seconds 1700000123
+kubensage_agent_failures_total{subject="memory"} 3
+kubensage_runtime_condition{condition="RuntimeReady"} 1
+kubensage_agent_resident_bytes 33554432
+kubensage_cri_seconds_total{method="Version"} 0.25
+kubensage_service_cpu_usage_seconds_total{service="kubelet.service"} 1.5
+'''
+
+
+def series_of(text: str) -> List[str]:
+    return [line.rpartition(' ')[0] for line in text.splitlines() if not line.startswith('#')]
+
+
+class PrometheusTest(AgentTest):
+    def test_golden_lines_in_order(self) -> None:
+        lines = iter(agent.render_prometheus(exposed_metrics()).splitlines())
+        for line in GOLDEN_EXPOSITION.splitlines():
+            self.assertIn(line, lines)
+
+    def test_each_family_is_named_and_typed_once_and_no_series_is_there_twice(self) -> None:
+        for openmetrics in (False, True):
+            text = agent.render_exposition(exposed_metrics(), openmetrics)
+            kinds = dict(re.findall('^# TYPE (\\S+) (\\S+)$', text, re.M))
+            for word in ('HELP', 'TYPE'):
+                names = re.findall(f'^# {word} (\\S+) .', text, re.M)
+                self.assertEqual(len(names), len(set(names)))
+                self.assertEqual(set(names), set(kinds))
+            series = series_of(text)
+            self.assertEqual([name for name, count in collections.Counter(series).items() if count > 1], [])
+            for name in {line.partition('{')[0] for line in series}:
+                family = name[:-6] if openmetrics and name.endswith('_total') else name
+                self.assertEqual(kinds[family], 'counter' if name.endswith('_total') else kinds[family], name)
+                self.assertNotEqual(kinds[family], 'counter' if not name.endswith('_total') else '', name)
+            self.assertEqual(set(kinds.values()), {'counter', 'gauge', 'unknown' if openmetrics else 'untyped'})
+
+    def test_every_sample_has_a_grammar_and_no_label_that_explodes(self) -> None:
+        labels = set()
+        for line in agent.render_prometheus(exposed_metrics()).splitlines():
+            if not line.startswith('#'):
+                self.assertRegex(line, r'\A[a-z_A-Z][a-zA-Z0-9_]*(\{([a-z_]+="([^"\\\n]|\\.)*",?)+\})? -?[0-9.e+-]+\Z')
+                labels.update(re.findall(r'[{,]([a-z_]+)="', line))
+        self.assertEqual(labels & {'pid', 'id', 'uid', 'container_id', 'pod_uid', 'path', 'run_id'}, set())
+
+    def test_label_values_are_escaped(self) -> None:
+        self.assertEqual(agent.render_sample('a', (('l', 'x"\\\n{},=€'),), 1), 'a{l="x\\"\\\\\\n{},=€"} 1\n')
+
+    def test_numbers(self) -> None:
+        for value, text in ((0, '0'), (True, '1'), (0.1, '0.1'), (2**53, str(2**53)), (2**64 - 1, str(2**64 - 1)), (1e-6, '1e-06'),
+                            (math.nan, 'nan'), (math.inf, 'inf')):
+            self.assertEqual(agent.render_sample('a', (), value), f'a {text}\n')
+
+    def test_the_container_that_runs_and_the_last_sandbox_count(self) -> None:
+        text = agent.render_prometheus(exposed_metrics())
+        self.assertIn('container_cpu_cfs_periods_total{namespace="shop",pod="web",container="nginx"} 100\n', text)
+        self.assertNotIn('kubensage_container_exit_code{namespace="shop",pod="web"', text)
+
+    def test_every_row_names_a_field(self) -> None:
+        """A path that no message has would be an error at the first scrape of a node that has the message."""
+        for rows, message in (
+                (agent.NODE_SAMPLES, wire.NodeMetrics), (agent.DISK_SAMPLES, wire.DiskIo), (agent.CGROUP_CPU_SAMPLES, wire.CgroupMetrics),
+                (agent.FILE_SYSTEM_SAMPLES, wire.DiskUsage), (agent.INTERFACE_SAMPLES, wire.InterfaceStat),
+                (agent.POD_INTERFACE_SAMPLES, wire.PodInterface), (agent.CONTAINER_SAMPLES, wire.ContainerMetrics),
+                (agent.CGROUP_IO_SAMPLES, wire.CgroupIo), (agent.AGENT_SAMPLES, wire.AgentMetrics),
+                (agent.CRI_SAMPLES, wire.CriMethodMetrics)):
+            for name, text, path, _ in rows:
+                with self.subTest(name):
+                    self.assertRegex(text, r'\A[^\n\\]+\.\Z')
+                    descriptor = message.DESCRIPTOR
+                    for part in path.split('.'):
+                        self.assertIn(part, descriptor.fields_by_name)
+                        descriptor = descriptor.fields_by_name[part].message_type
+
+    def test_an_empty_snapshot_has_no_node_metrics(self) -> None:
+        names = {line.partition('{')[0].partition(' ')[0] for line in series_of(agent.render_prometheus(wire.Metrics()))}
+        self.assertEqual({name for name in names if not name.startswith('kubensage_')} - {'node_uname_info'}, set())
+
+    def test_once_writes_it_to_stdout(self) -> None:
+        run = run_on_tree(self.tree(NODE), '--output', 'prometheus')
+        self.assertEqual(run.returncode, 0, run.stderr)
+        self.assertIn('\nnode_memory_MemTotal_bytes 4111904768\n', run.stdout)
+        self.assertTrue(run.stdout.startswith('# HELP ') and run.stdout.endswith('\n') and '# EOF' not in run.stdout)
+
+
+# --- HTTP
+
+class HttpTest(AgentTest):
+    def serve(self, host: str = '127.0.0.1') -> agent.Published:
+        self.published = agent.Published(5)
+        server = agent.http_server(f'{host}:0', self.published)
+        self.address = server.server_address[:2]
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        self.threads = threading.active_count()
+        self.addCleanup(thread.join)
+        self.addCleanup(agent.stop_listening, server)
+        return self.published
+
+    def connect(self) -> socket.socket:
+        connection = socket.create_connection(self.address, PATIENCE_SECONDS)
+        self.addCleanup(connection.close)
+        return connection
+
+    def ask(self, request: str) -> Tuple[int, Dict[str, str], str]:
+        """Status, headers and body of the answer to these bytes."""
+        connection = self.connect()
+        connection.sendall(request.encode())
+        with connection.makefile('rb') as file:
+            head, _, body = file.read().decode().partition('\r\n\r\n')
+        status, *headers = head.split('\r\n')
+        return int(status.split()[1]), dict(header.split(': ', 1) for header in headers), body
+
+    def get(self, path: str, accept: str = '*/*', method: str = 'GET') -> Tuple[int, Dict[str, str], str]:
+        return self.ask(f'{method} {path} HTTP/1.1\r\nHost: node\r\nAccept: {accept}\r\n\r\n')
+
+    def test_metrics_in_the_format_that_is_asked_for(self) -> None:
+        agent.publish(self.serve(), exposed_metrics())
+        for accept, content_type, last in (
+                ('*/*', agent.TEXT_TYPE, 'kubensage_snapshot_age_seconds '),
+                ('text/plain;version=0.0.4', agent.TEXT_TYPE, 'kubensage_snapshot_age_seconds '),
+                ('application/openmetrics-text;version=1.0.0;q=0.5,text/plain;q=0.3', agent.OPENMETRICS_TYPE, '# EOF')):
+            status, headers, body = self.get('/metrics?collect[]=x', accept)
+            self.assertEqual((status, headers['Content-Type']), (200, content_type))
+            self.assertEqual(int(headers['Content-Length']), len(body.encode()))
+            self.assertTrue(body.splitlines()[-1].startswith(last), body[-200:])
+            self.assertEqual((body[-1], body.count('# EOF')), ('\n', last == '# EOF'))
+            self.assertRegex(body, r'\nkubensage_snapshot_age_seconds \d')
+
+    def test_a_scrape_renders_once_and_a_new_snapshot_replaces_the_last(self) -> None:
+        published = self.serve()
+        agent.publish(published, sample(1))
+        with mock.patch.object(agent, 'render_exposition', wraps=agent.render_exposition) as render:
+            for _ in range(3):
+                self.assertIn('kubensage_agent_uptime_seconds 1\n', self.get('/metrics')[2])
+            self.assertEqual(render.call_count, 1)
+            agent.publish(published, sample(2))
+            self.assertIn('kubensage_agent_uptime_seconds 2\n', self.get('/metrics')[2])
+
+    def test_health(self) -> None:
+        published = self.serve()
+        self.assertEqual(self.get('/healthz')[::2], (503, 'no snapshot yet\n'))
+        self.assertEqual(self.get('/metrics')[0], 503)
+        agent.publish(published, sample(1))
+        self.assertEqual(self.get('/healthz')[::2], (200, 'ok\n'))
+        published.taken -= 14
+        self.assertEqual(self.get('/healthz')[0], 200)
+        published.taken -= 2
+        self.assertEqual(self.get('/healthz')[::2], (503, 'no snapshot for 16 s\n'))
+        published.interval = 60
+        self.assertEqual(self.get('/healthz')[0], 200)
+
+    def test_the_page_says_what_it_is(self) -> None:
+        published = self.serve()
+        self.assertIn('this node', self.get('/')[2])
+        agent.publish(published, sample(1, hostname='<b>&'))
+        status, headers, body = self.get('/')
+        self.assertEqual((status, headers['Content-Type']), (200, 'text/html; charset=utf-8'))
+        self.assertIn('&lt;b&gt;&amp;', body)
+        self.assertIn(agent.__version__, body)
+
+    def test_no_path_leads_to_files_and_nothing_but_get_is_answered(self) -> None:
+        agent.publish(self.serve(), sample(1))
+        for path in ('/../etc/passwd', '/%2e%2e/etc/passwd', '/metrics/', '/etc/passwd', '//etc/passwd', '/healthz/../metrics', '*',
+                     'http://node/etc/passwd'):
+            with self.subTest(path):
+                self.assertEqual(self.get(path)[::2], (404, 'not here: /metrics, /healthz\n'))
+        for method in ('HEAD', 'POST', 'PUT', 'DELETE', 'OPTIONS', 'TRACE', 'CONNECT'):
+            with self.subTest(method):
+                self.assertIn(self.get('/metrics', method=method)[0], (405, 501))
+
+    def test_requests_that_are_too_long_or_nonsense_are_refused(self) -> None:
+        agent.publish(self.serve(), sample(1))
+        self.assertEqual(self.get('/' + 'a' * 70000)[0], 414)
+        self.assertEqual(self.ask('GET / HTTP/1.1\r\n' + 'A: b\r\n' * 200 + '\r\n')[0], 431)
+        self.assertEqual(self.get('/healthz')[0], 200)
+
+    def test_half_open_connections_keep_no_one_out_and_the_oldest_makes_room(self) -> None:
+        agent.publish(self.serve(), sample(1))
+        half_open = [self.connect() for _ in range(50)]
+        for connection in half_open:
+            connection.sendall(b'GET /metrics HT')
+        self.assertEqual(self.get('/metrics')[0], 200)
+        # Closed, or reset where what it has sent was not read yet.
+        with contextlib.suppress(ConnectionResetError):
+            self.assertEqual(half_open[0].recv(1), b'')
+        until = time.monotonic() + PATIENCE_SECONDS
+        while threading.active_count() - self.threads > agent.MAX_CONNECTIONS:
+            self.assertLess(time.monotonic(), until)
+            time.sleep(0.01)
+        half_open[-1].sendall(b'TP/1.0\r\n\r\n')
+        self.assertEqual(half_open[-1].recv(12), b'HTTP/1.0 200')
+
+    def test_a_connection_that_says_nothing_is_dropped(self) -> None:
+        with mock.patch.object(agent, 'HTTP_TIMEOUT_SECONDS', 0.1):
+            self.serve()
+        self.assertEqual(self.connect().recv(1), b'')
+
+    def test_a_client_that_reads_slowly_delays_no_other(self) -> None:
+        published = self.serve()
+        metrics = sample(1)
+        metrics.pod_metrics.extend(wire.PodMetrics(namespace='n' * 200, name=f'{n}' * 50) for n in range(5000))
+        agent.publish(published, metrics)
+        slow = socket.socket()
+        self.addCleanup(slow.close)
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+        slow.connect(self.address)
+        slow.sendall(b'GET /metrics HTTP/1.0\r\n\r\n')
+        self.assertEqual(slow.recv(12), b'HTTP/1.0 200')
+        started = time.monotonic()
+        agent.publish(published, sample(2))
+        self.assertIn('kubensage_agent_uptime_seconds 2\n', self.get('/metrics')[2])
+        self.assertLess(time.monotonic() - started, 2)
+
+    def test_many_at_once_get_the_same(self) -> None:
+        agent.publish(self.serve(), exposed_metrics())
+        with concurrent.futures.ThreadPoolExecutor(16) as pool:
+            answers = list(pool.map(lambda _: self.get('/metrics'), range(100)))
+        self.assertEqual({status for status, _, _ in answers}, {200})
+        self.assertEqual(len({body.rpartition('kubensage_snapshot_age')[0] for _, _, body in answers}), 1)
+
+    def test_ipv6(self) -> None:
+        try:
+            with socket.socket(socket.AF_INET6) as probe:
+                probe.bind(('::1', 0))
+        except OSError as error:
+            self.skipTest(f'no IPv6 here: {error}')
+        agent.publish(self.serve('[::1]'), sample(1))
+        self.assertEqual(self.get('/healthz')[0], 200)
+
+    def test_an_address_that_cannot_be_had_is_one_line_and_1(self) -> None:
+        with contextlib.closing(socket.socket()) as taken:
+            taken.bind(('127.0.0.1', 0))
+            taken.listen()
+            port = taken.getsockname()[1]
+            for address, reason in ((f'127.0.0.1:{port}', 'Address already in use'), ('203.0.113.1:1', 'Cannot assign')):
+                run = run_agent('--listen', address, '--procfs', '/nowhere', '--sysfs', '/nowhere', '--rootfs', self.directory())
+                last = run.stderr.splitlines()[-1]
+                self.assertEqual((run.returncode, run.stdout, 'Traceback' in run.stderr), (1, '', False), run.stderr)
+                self.assertRegex(last, f'ERROR --listen {re.escape(address)}: .*({reason})')
+
+    def test_the_agent_serves_without_a_relay_and_ends_at_once(self) -> None:
+        with contextlib.closing(socket.socket()) as free:
+            free.bind(('127.0.0.1', 0))
+            self.address = free.getsockname()
+        root = self.tree(NODE)
+        process = subprocess.Popen(
+            [sys.executable, agent.__file__, '--procfs', f'{root}/proc', '--sysfs', f'{root}/sys', '--rootfs', root, '--cri-socket',
+             f'{root}/no.sock', '--main-loop-duration', '0.1', '--listen', '{}:{}'.format(*self.address)],
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        self.addCleanup(process.stdout.close)
+        self.addCleanup(process.kill)
+        until = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            try:
+                if self.get('/healthz')[0] == 200 or time.monotonic() > until:
+                    break
+            except OSError:
+                time.sleep(0.02)
+        self.assertIn('\nnode_memory_MemTotal_bytes 4111904768\n', self.get('/metrics')[2])
+        process.terminate()
+        self.assertEqual((process.wait(PATIENCE_SECONDS), process.stdout.read()), (0, b''))
 
 
 # --- log
@@ -2563,10 +3104,10 @@ class CommandLineTest(AgentTest):
         self.assertEqual(
             {'relay_address': None, 'main_loop_duration': 5, 'buffer_retention': 10, 'buffer_max_size': 64, 'spool_dir': None,
              'spool_max_size': 512, 'relay_tls': False, 'relay_ca': None, 'relay_cert': None, 'relay_key': None,
-             'relay_server_name': None, 'relay_token_file': None, 'top_n': 10, 'once': False, 'output': None,
-             'container_stats': 'cgroup', 'fs_stats_interval': 60, 'cri_socket': None, 'procfs': '/proc', 'sysfs': '/sys',
-             'rootfs': '/', 'log_level': 'info', 'log_file': None, 'log_max_size': 10, 'log_max_backups': 5, 'log_max_age': 30,
-             'log_compress': True},
+             'relay_server_name': None, 'relay_token_file': None, 'top_n': 10, 'once': False, 'output': 'json', 'listen': None,
+             'print_unit': False, 'print_daemonset': False, 'live': False, 'container_stats': 'cgroup', 'fs_stats_interval': 60,
+             'cri_socket': None, 'procfs': '/proc', 'sysfs': '/sys', 'rootfs': '/', 'log_level': 'info', 'log_file': None,
+             'log_max_size': 10, 'log_max_backups': 5, 'log_max_age': 30, 'log_compress': True},
             vars(agent.parse_options([], {})))
 
     def test_values(self):
@@ -2577,6 +3118,7 @@ class CommandLineTest(AgentTest):
                 ('--main-loop-duration=0.1', 'main_loop_duration', 0.1), ('--buffer-retention=0.5', 'buffer_retention', 0.5),
                 ('--top-n=0', 'top_n', 0), ('--once', 'once', True), ('--once=false', 'once', False), ('--once=1', 'once', True),
                 ('--output=table', 'output', 'table'), ('--output=json', 'output', 'json'),
+                ('--output=prometheus', 'output', 'prometheus'), ('--listen=[::1]:9551', 'listen', '[::1]:9551'),
                 ('--container-stats=cri', 'container_stats', 'cri'), ('--container-stats=cgroup', 'container_stats', 'cgroup'),
                 ('--fs-stats-interval=1', 'fs_stats_interval', 1), ('--fs-stats-interval=0.5e2', 'fs_stats_interval', 50),
                 ('--log-level=debug', 'log_level', 'debug'),
@@ -2596,6 +3138,7 @@ class CommandLineTest(AgentTest):
         wrong = {
             '--relay-address': ('relay', 'relay:', ':50051', 'relay:0', 'relay:65536', 'http://relay:1', '2001:db8::1:1', 'a b:1',
                                 ''),
+            '--listen': ('9551', ':9551', '::1:9551', 'localhost:x'),
             '--main-loop-duration': ('0.09', '-1', 'nan', 'inf', '5s', '', '1e9'),
             '--buffer-retention': ('0', '-1', 'x'),
             '--top-n': ('-1', '1.5', 'x', 'NaN', ''),
@@ -2670,6 +3213,116 @@ class CommandLineTest(AgentTest):
                              encoding='utf-8',
                              env={**os.environ, 'PYTHONPATH': os.pathsep.join([os.path.dirname(path), *sys.path])})
         self.assertEqual('[] 0\n', run.stdout)
+
+
+# --- where snapshots go
+
+class SettleOutputTest(AgentTest):
+    def test_table(self) -> None:
+        relay, listen, once = '--relay-address=r:1', '--listen=127.0.0.1:1', '--once'
+        for arguments, terminal, output, live, interval in (
+                ((), True, None, True, 2), ((), False, 'json', False, 5), ((once,), True, 'table', False, 5),
+                ((once,), False, 'json', False, 5), ((relay,), True, None, False, 5), ((relay,), False, None, False, 5),
+                ((listen,), True, None, False, 5), ((listen,), False, None, False, 5), ((once, relay), True, None, False, 5),
+                ((once, listen), False, 'json', False, 5), ((relay, '--output=json'), True, 'json', False, 5),
+                (('--output=table',), True, 'table', False, 5), (('--main-loop-duration=7',), True, None, True, 7),
+                (('--main-loop-duration', '7'), True, None, True, 7), (('--once=false',), True, None, True, 2)):
+            with self.subTest(arguments=arguments, terminal=terminal):
+                options = agent.parse_options(arguments, {}, terminal)
+                self.assertEqual((options.output, options.live, options.main_loop_duration), (output, live, interval))
+        self.assertEqual(agent.parse_options([], {'KUBENSAGE_MAIN_LOOP_DURATION': '9'}, True).main_loop_duration, 9)
+
+
+# --- service
+
+class ServiceTest(AgentTest):
+    def unit(self, *arguments: str) -> Dict[str, List[str]]:
+        """The settings of the unit, each with all its values."""
+        self.text = agent.render_unit(agent.parse_options(arguments, {}), '/usr/bin/python3', '/opt/agent.pyz', arguments)
+        settings: Dict[str, List[str]] = collections.defaultdict(list)
+        for line in self.text.splitlines():
+            name, equals, value = line.partition('=')
+            if equals:
+                settings[name].append(value)
+        return settings
+
+    def test_flags_are_kept_but_for_those_of_this_call(self) -> None:
+        for arguments, expected in (
+                (('--print-unit',), ''),
+                (('--print-unit', '--once', '--output', 'json', '--top-n', '3'), ' --top-n=3'),
+                (('--print-unit=true', '--output=table', '--listen', '[::]:1'), ' --listen=[::]:1'),
+                (('--print-unit', 'true', '--log-compress', '--relay-tls=false'), ' --log-compress=true --relay-tls=false'),
+                (('--main-loop-duration=10', '--buffer-retention', '0.5'), ' --buffer-retention=0.5 --main-loop-duration=10'),
+                (('--relay-address=r:1',), ' --relay-address=r:1 --spool-dir=/var/lib/kubensage-agent'),
+                (('--relay-address=r:1', '--spool-dir', '/s'), ' --relay-address=r:1 --spool-dir=/s'),
+                (('--relay-ca', 'ca.pem'), f' --relay-ca={os.getcwd()}/ca.pem')):
+            with self.subTest(arguments):
+                self.assertEqual(self.unit(*arguments)['ExecStart'], ['/usr/bin/python3 -I /opt/agent.pyz' + expected])
+
+    def test_quoting(self) -> None:
+        self.check_table(agent.systemd_quote, [
+            (('--a=b',), '--a=b'), (('a b',), '"a b"'), (('50%',), '50%%'), (('$HOME',), '$$HOME'), (('a"b',), '"a\\"b"'),
+            (('a\\b',), 'a\\\\b'), (("it's",), '"it\'s"'), (('a;b',), '"a;b"'), (('',), '""'), (('a\nb',), 'a\\nb')])
+
+    def test_it_is_watched_and_may_write_where_it_must(self) -> None:
+        unit = self.unit('--main-loop-duration', '30', '--spool-dir', '/data/my spool', '--log-file', '/logs/a.log')
+        self.assertEqual((unit['Type'], unit['Restart'], unit['WatchdogSec']), (['notify'], ['always'], ['300']))
+        self.assertEqual(unit['ReadWritePaths'], ['"-/data/my spool"', '-/logs'])
+        self.assertEqual(self.unit()['WatchdogSec'], ['60'])
+        for directory in ('StateDirectory', 'CacheDirectory', 'LogsDirectory'):
+            self.assertEqual(len(unit[directory]), 1)
+        self.assertEqual(f'/var/lib/{unit["StateDirectory"][0]}', agent.STATE_DIRECTORY)
+        self.assertEqual(f'/var/log/{unit["LogsDirectory"][0]}', os.path.dirname(agent.DEFAULT_LOG_FILE))
+
+    def test_nothing_blinds_it(self) -> None:
+        unit = self.unit()
+        for setting in ('ProcSubset', 'ProtectProc', 'PrivateNetwork', 'PrivateUsers', 'ProtectClock', 'User', 'DynamicUser',
+                        'RootDirectory', 'InaccessiblePaths', 'PrivatePIDs', 'IPAddressDeny'):
+            self.assertNotIn(setting, unit)
+        self.assertEqual(set(unit['CapabilityBoundingSet'][0].split()), {'CAP_DAC_READ_SEARCH', 'CAP_SYS_PTRACE'})
+        self.assertLessEqual({'AF_UNIX', 'AF_INET', 'AF_INET6', 'AF_NETLINK'}, set(unit['RestrictAddressFamilies'][0].split()))
+        self.assertIn('adjtimex', unit['SystemCallFilter'][0].split())
+
+    def test_systemd_accepts_it_and_finds_it_hardened(self) -> None:
+        options = ('--print-unit', '--relay-address=r:1', '--top-n=3', '--relay-token-file=/etc/a b%c"d')
+        run = run_agent(*options, '--relay-tls')
+        self.assertEqual((run.returncode, run.stderr), (0, ''))
+        self.assertIn(f'{sys.executable} -I {os.path.abspath(agent.__file__)} --relay-address=r:1', run.stdout)
+        path = os.path.join(self.tree({'kubensage-agent.service': run.stdout}), 'kubensage-agent.service')
+        self.tool('systemd-analyze', '--version')
+        checked = subprocess.run(['systemd-analyze', 'verify', '--man=no', path], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                 encoding='utf-8')
+        self.assertEqual([line for line in checked.stdout.splitlines() if 'kubensage' in line], [])
+        rated = self.tool('systemd-analyze', 'security', '--offline=yes', '--no-pager', path)
+        self.assertLessEqual(float(re.search(r'exposure level.*?: ([\d.]+)', rated).group(1)), 3.0)
+
+    def test_daemonset(self) -> None:
+        run = run_agent('--print-daemonset', '--relay-address', 'r:1', '--listen=0.0.0.0:9000', '--cri-socket', '/run/k3s/cri.sock',
+                        '--top-n=3', '--once')
+        self.assertEqual((run.returncode, run.stderr), (0, ''))
+        documents = run.stdout.split('\n---\n')
+        self.assertEqual([re.search('^kind: (.*)$', text, re.M).group(1) for text in documents],
+                         ['Namespace', 'ServiceAccount', 'DaemonSet'])
+        values = dict(re.findall(r'- name: KUBENSAGE_(\w+)\n +value: (".*")$', run.stdout, re.M))
+        self.assertEqual(values, {
+            'RELAY_ADDRESS': '"r:1"', 'LISTEN': '"0.0.0.0:9000"', 'CRI_SOCKET': '"/run/k3s/cri.sock"', 'TOP_N': '"3"',
+            'PROCFS': '"/host/proc"', 'SYSFS': '"/host/sys"', 'ROOTFS': '"/host/root"', 'SPOOL_DIR': '"/var/lib/kubensage-agent"'})
+        for text in ('hostNetwork: true', 'hostPID: true', 'automountServiceAccountToken: false', 'image: python:3-slim',
+                     'path: /healthz', 'containerPort: 9000', 'mountPath: /run/k3s\n', '- operator: Exists', 'fieldPath: spec.nodeName'):
+            self.assertIn(text, run.stdout)
+        for name in ('proc', 'sys', 'root', 'runtime', 'archive'):
+            self.assertRegex(run.stdout, rf'- name: {name}\n +mountPath: \S+\n +readOnly: true')
+        volumes, mounts = (set(re.findall(pattern, documents[2])) for pattern in (
+            r'- name: (\w+)\n +(?:hostPath|emptyDir):', r'- name: (\w+)\n +mountPath:'))
+        self.assertEqual(volumes, mounts)
+
+    def test_what_the_manifest_sets_is_a_command_line(self) -> None:
+        options = agent.parse_options(['--relay-address', 'r:1', '--log-compress=false', '--spool-dir', 'x'], {})
+        text = agent.render_daemonset(options, ['--relay-address', 'r:1', '--log-compress=false', '--spool-dir', 'x'], '/run/a.sock')
+        environment = {name: json.loads(value) for name, value in re.findall(r'- name: (KUBENSAGE_\w+)\n +value: (".*")$', text, re.M)}
+        again = agent.parse_options([], environment)
+        self.assertEqual((again.log_compress, again.relay_address, again.spool_dir, again.listen),
+                         (False, 'r:1', agent.STATE_DIRECTORY, agent.DAEMONSET_LISTEN))
 
 
 # --- golden run
@@ -5045,7 +5698,7 @@ class MainLoopTest(ServerTest):
         process.stdout.close()
         self.assertEqual(process.wait(PATIENCE_SECONDS), 1)
         self.assertEqual([line for line in process.stderr.read().splitlines() if ' INFO ' not in line and 'root:' not in line
-                          and 'cpu' not in line], [])
+                          and 'cpu' not in line and 'runtime health' not in line], [])
 
     def test_a_relay_is_served_without_stdout(self) -> None:
         relay = FakeRelay(self)
@@ -5140,7 +5793,7 @@ class PaceTest(unittest.TestCase):
         self.now, begun, runs, left = 100.0, [], [], collections.deque(durations)
         under_way = []
 
-        def run_cycle(roots: Any, options: Any, memory: Any, thread: Any, run: agent.Run, backlog: Any) -> Any:
+        def run_cycle(roots: Any, options: Any, memory: Any, thread: Any, run: agent.Run, outlets: Any) -> Any:
             self.assertEqual(under_way, [])
             under_way.append(run)
             begun.append((self.now - 100) / 5)
@@ -5151,14 +5804,14 @@ class PaceTest(unittest.TestCase):
                 raise ZeroDivisionError
             return memory, {}
 
-        def stopped_within(descriptor: int, seconds: float) -> bool:
-            self.now += max(0, seconds)
+        def stopped_within(descriptor: int, until: float, live: Any) -> bool:
+            self.now = max(self.now, until)
             return not left
 
         options = agent.parse_options([], {})
         clock = types.SimpleNamespace(**{**vars(time), 'monotonic': lambda: self.now})
         with self.assertLogs('kubensage-agent', 'DEBUG') as logged, mock.patch.multiple(
-                agent, run_cycle=run_cycle, stopped_within=stopped_within, time=clock, install_signals=lambda: 0):
+                agent, run_cycle=run_cycle, stopped_within=stopped_within, time=clock, install_signals=lambda live: 0):
             logging.getLogger('kubensage-agent').debug('at least one line')
             self.assertEqual(agent.run_loop(LIVE, options), 0)
         return begun, runs[-1], logged.output[1:]
@@ -5204,7 +5857,7 @@ class WatchdogTest(ServerTest):
         path = f'{self.directory}/notify'
         notify = self.notify_socket(path)
         notify.setblocking(False)
-        arguments = LIVE, agent.parse_options([], {}), agent.Memory(), None, agent.Run(), None
+        arguments = LIVE, agent.parse_options([], {}), agent.Memory(), None, agent.Run(), agent.Outlets()
         with mock.patch.dict(os.environ, NOTIFY_SOCKET=path):
             for broken in ('collect_snapshot', 'hand_over'):
                 with mock.patch.object(agent, 'collect_snapshot', lambda *arguments: agent.Part(wire.Metrics(), None, {})), \
