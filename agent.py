@@ -1,13 +1,15 @@
 #!/usr/bin/env python3
 """kubensage-agent: one snapshot of a Kubernetes node every few seconds, delivered to a relay.
 
-    python3 agent.py                                  show this node, every 5 s
+    sudo python3 agent.py                             show this node, live
     python3 agent.py --once --output json             one snapshot, for a script
     python3 agent.py --relay-address relay:50051      deliver snapshots until told to stop
+    python3 agent.py --listen 127.0.0.1:9551          serve them to Prometheus
 
 Each cycle reads the node from procfs and sysfs, asks the container runtime for its pods and
-containers (CRI over a unix socket), and puts both into one Metrics message (proto/kubensage.proto).
-A second thread delivers; a snapshot is forgotten only once the relay has acknowledged it.
+containers (CRI over a unix socket), reads what these use from their cgroups, and puts all of it
+into one Metrics message (proto/kubensage.proto). A second thread delivers; a snapshot is forgotten
+only once the relay has acknowledged it.
 
     what we read                      what we take                          documented in
     /proc/stat                        CPU time, boot time, activity         proc_stat(5)
@@ -32,8 +34,8 @@ A second thread delivers; a snapshot is forgotten only once the relay has acknow
     CRI: Version, Status, the lists,  pods, containers, the runtime         kubernetes/cri-api
       ContainerStatus, ImageFsInfo
 
-The sections follow the data: files, subjects of the node, runtime, snapshot, backlog, relay,
-output, command line. `grep '^# ---' agent.py` lists them.
+The sections follow the data: the archive's bundle, files, subjects of the node, runtime and
+cgroups, backlog, relay, snapshot, output, command line. `grep '^# ---' agent.py` lists them.
 """
 from __future__ import annotations
 
@@ -4842,12 +4844,12 @@ def log_blind_spots() -> None:
         log.warning('not root: pods and containers, the host id, and file systems below private directories may be missing')
 
 
-def log_exposure(relay: Relay) -> None:
+def log_exposure(relay: Relay, level: int = logging.WARNING) -> None:
     """What is unwise about the way to the relay, once."""
     for path in exposed_files(relay):
-        log.warning('%s can be read by other users: `chmod go-r %s` mends it', path, path)
+        log.log(level, '%s can be read by other users: `chmod go-r %s` mends it', path, path)
     if not relay.tls and not LOOPBACK.match(relay.address):
-        log.warning('relay %s: snapshots go there in plain text (--relay-tls)', relay.address)
+        log.log(level, 'relay %s: snapshots go there in plain text (--relay-tls)', relay.address)
 
 
 def relay_from(options: argparse.Namespace) -> Relay:
@@ -4946,7 +4948,8 @@ def run_once(roots: Roots, options: argparse.Namespace) -> int:
     if not options.relay_address:
         return 0
     backlog, relay = backlog_from(options), relay_from(options)
-    log_exposure(relay)
+    # For the log file: cron would send a mail with it each time.
+    log_exposure(relay, logging.INFO)
     log_changes({}, add_snapshot(backlog, part.message.SerializeToString()))
     left = close_backlog(backlog, start_delivery(backlog, relay), ONCE_DELIVERY_SECONDS)
     return 1 if left or backlog.dropped else 0

@@ -5752,13 +5752,14 @@ class MainLoopTest(ServerTest):
         self.assertIn('were not acknowledged', self.troubles(process)[1][-1])
 
     def test_once_tells_by_its_exit_code_whether_the_relay_has_acknowledged(self) -> None:
-        """Silent when it has; one line when it has not, be it refused, down, or the snapshot too large for any relay."""
+        """Silent when it has, also on its way in plain text (0.0.0.0 is no loopback address, and leads here all the same);
+        one line when it has not, be it refused, down, or the snapshot too large for any relay."""
         relays = [FakeRelay(self), FakeRelay(self, usual=refuse), FakeRelay(self, usual=end_without_answer), FakeRelay(self)]
         huge = f'{self.directory}/run/huge.sock'
         FakeRuntime(self, huge, ListPodSandbox=cri.ListPodSandboxResponse(items=[sandbox('x' * (5 << 20))]))
         with contextlib.closing(socket.socket()) as silent:
             silent.bind(('127.0.0.1', 0))
-            cases = [(relays[0].address, self.socket, 0, None), (relays[1].address, self.socket, 1, 'PERMISSION_DENIED: not you'),
+            cases = [(f'0.0.0.0:{relays[0].port}', self.socket, 0, None), (relays[1].address, self.socket, 1, 'PERMISSION_DENIED: not you'),
                      ('127.0.0.1:{1}'.format(*silent.getsockname()), self.socket, 1, 'UNAVAILABLE'),
                      (relays[3].address, huge, 1, 'exceed')]
             processes = [self.start_agent('--once', '--cri-socket', path, '--relay-address', address)
