@@ -248,6 +248,17 @@ def write_member(tar: tarfile.TarFile, member: tarfile.TarInfo, path: str) -> No
         shutil.copyfileobj(tar.extractfile(member), file)
 
 
+def unpack_members(tar: tarfile.TarFile, suffix: str, tree: str) -> bool:
+    """Up to and with this interpreter's compiled module; whether there was one."""
+    for member in tar:
+        path = member_path(member, suffix)
+        if path is not None:
+            write_member(tar, member, os.path.join(tree, path))
+        if path is not None and path.endswith(suffix):
+            return True
+    return False
+
+
 def unpack(packed: bytes, suffix: str, tree: str) -> None:
     """Write this interpreter's members into an empty directory. Its compiled module comes after all that is not
     compiled for one Python alone: the rest of the tar is not even decompressed."""
@@ -255,15 +266,11 @@ def unpack(packed: bytes, suffix: str, tree: str) -> None:
     import tarfile
     try:
         with tarfile.open(fileobj=lzma.open(io.BytesIO(packed)), mode='r|') as tar:
-            for member in tar:
-                path = member_path(member, suffix)
-                if path is not None:
-                    write_member(tar, member, os.path.join(tree, path))
-                if path is not None and path.endswith(suffix):
-                    return
+            complete = unpack_members(tar, suffix, tree)
     except (lzma.LZMAError, tarfile.TarError, EOFError) as error:
         raise BundleError(f'the archive is damaged: {error}') from None
-    raise BundleError(f'the archive is damaged: it holds no module *{suffix}, which its bundle.txt promises')
+    if not complete:
+        raise BundleError(f'the archive is damaged: it holds no module *{suffix}, which its bundle.txt promises')
 
 
 def write_manifest(tree: str) -> None:
@@ -1174,7 +1181,8 @@ def read_addresses(roots: Roots) -> bytes:
     if not shares_network_namespace(roots):
         return b''
     header = NLMSGHDR.pack(NLMSGHDR.size + IFADDRMSG.size, RTM_GETADDR, NLM_F_REQUEST | NLM_F_DUMP, 1, 0)
-    with contextlib.suppress(PermissionError), socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_ROUTE) as netlink:
+    socket_type = socket.SOCK_RAW | socket.SOCK_CLOEXEC
+    with contextlib.suppress(PermissionError), socket.socket(socket.AF_NETLINK, socket_type, NETLINK_ROUTE) as netlink:
         netlink.settimeout(NETLINK_TIMEOUT_SECONDS)
         netlink.send(header + IFADDRMSG.pack(socket.AF_UNSPEC, 0, 0, 0, 0))
         chunks = [netlink.recv(1 << 16)]
