@@ -2514,16 +2514,17 @@ def may_change(status: Optional[wire.ContainerStatus]) -> bool:
 def fetch_statuses(runtime: Runtime, containers: Sequence[cri.Container], known: Statuses, again: bool, deadline: float,
                    tallies: Dict[str, CallTally]) -> Tuple[Statuses, Optional[str]]:
     """The status of each container in its present state, asked once, for some containers a cycle, all at once; `again`,
-    now and then, where it may change. And why there is no answer."""
-    statuses, failure = {container.id: known[container.id] for container in containers if container.id in known}, None
-    stale = [container for container in containers
-             if container.id not in statuses or statuses[container.id][0] != container.state
+    now and then, where it may change. And why there is no answer; without one, what was known of this state stays."""
+    statuses = {container.id: known[container.id] for container in containers if container.id in known}
+    failure, unasked = None, (None, None)
+    stale = [container for container in containers if statuses.get(container.id, unasked)[0] != container.state
              or again and may_change(statuses[container.id][1])]
     calls = [(container, start_call(runtime.channel, runtime.service, 'ContainerStatus', seconds_until(deadline),
                                     cri.ContainerStatusRequest(container_id=container.id).SerializeToString()))
              for container in stale[:STATUSES_PER_CYCLE]]
     for container, call in calls:
-        statuses[container.id] = container.state, None
+        state, status = statuses.get(container.id, unasked)
+        statuses[container.id] = container.state, status if state == container.state else None
         try:
             statuses[container.id] = container.state, build_status(fetch(call, tallies).status)
         except CriError as error:

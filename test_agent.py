@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import collections
-import compileall
+import compileall  # noqa: F401  (an import as another user may not find it any more)
 import concurrent.futures
 import contextlib
 import errno
@@ -4441,6 +4441,23 @@ class KernelSideTest(ServerTest):
             part = self.kernel_cycle(part.after)
             self.assertEqual((True, 137, 9, 'OOMKilled'), fields(part))
         self.assertEqual([APP], ids[2:])
+
+    def test_a_kill_is_asked_about_again_and_what_is_known_of_it_stays(self) -> None:
+        """containerd may learn only after the exit that it was for want of memory; and may not answer just then."""
+        def told(reason: str) -> cri.ContainerStatusResponse:
+            return cri.ContainerStatusResponse(status=cri.ContainerStatus(
+                state=cri.CONTAINER_EXITED, finished_at=time.time_ns(), exit_code=137, reason=reason))
+
+        runtime = self.start(ContainerStatus=[told('Error'), grpc.StatusCode.INTERNAL, told('OOMKilled'), told('too late')],
+                             ListContainers=cri.ListContainersResponse(containers=[container(APP, POD, cri.CONTAINER_EXITED)]))
+        part, reasons = self.kernel_cycle(), []
+        for _ in range(4):
+            status = part.message[0].container_metrics[0].status
+            reasons.append((status.exit_code, status.reason))
+            due = part.after.health._replace(conditions_due=0)
+            part = self.kernel_cycle(part.after._replace(health=due))
+        self.assertEqual([(137, 'Error'), (137, 'Error'), (137, 'OOMKilled'), (137, 'OOMKilled')], reasons)
+        self.assertEqual(3, runtime.asked.count('ContainerStatus'))
 
     def test_statuses_are_asked_for_by_and_by(self) -> None:
         names = [f'{number:064x}' for number in range(agent.STATUSES_PER_CYCLE * 2 + 3)]
