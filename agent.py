@@ -44,10 +44,12 @@ import atexit
 import collections
 import concurrent.futures
 import contextlib
+import ctypes
 import difflib
 import errno
 import fcntl
 import functools
+import gc
 import gzip
 import hashlib
 import heapq
@@ -63,6 +65,7 @@ import math
 import os
 import random
 import re
+import resource
 import select
 import shutil
 import signal
@@ -453,6 +456,7 @@ os.environ.setdefault('GRPC_ENABLE_FORK_SUPPORT', '0')
 try:
     import grpc
     from google.protobuf import json_format
+    from google.protobuf.message import DecodeError
     from google.protobuf.wrappers_pb2 import DoubleValue, StringValue, UInt64Value
 
     import cri_pb2 as cri
@@ -473,6 +477,15 @@ ABSENT = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ESRCH, errn
 
 # What a parser's arithmetic and indexing raise on text that is not what the kernel writes.
 MALFORMED = (ValueError, IndexError, KeyError, TypeError, OverflowError)
+
+# A file of one short line fits in.
+SMALL_BYTES = 4096
+# Longer than any file of a control group; io.stat has some 100 bytes a device.
+OPEN_FILE_BYTES = 1 << 16
+# The files of 1,400 groups, and what they cost the kernel at most: 74 MB.
+MAX_OPEN_FILES = 1 << 14
+# What the rest of the agent may need: connections, the spool, files that are read once.
+SPARE_DESCRIPTORS = 256
 
 
 class Roots(NamedTuple):
@@ -505,6 +518,20 @@ def read_bytes(root: str, path: str) -> Optional[bytes]:
         os.close(descriptor)
 
 
+def read_small(root: str, path: str) -> Optional[bytes]:
+    """A file of one short line in procfs or sysfs, which one read(2) gives whole: half of what read_bytes takes for it."""
+    try:
+        descriptor = os.open(f'{root}/{path}', os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return os.read(descriptor, SMALL_BYTES)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno in ABSENT:
+            return None
+        raise
+
+
 def read_text(root: str, path: str) -> Optional[str]:
     """The whole file as text; bytes that are not UTF-8 become U+FFFD."""
     data = read_bytes(root, path)
@@ -513,8 +540,8 @@ def read_text(root: str, path: str) -> Optional[str]:
 
 def read_line(root: str, path: str) -> Optional[str]:
     """A file of one line, without surrounding white space; None where it is absent or empty."""
-    text = read_text(root, path)
-    return text.strip() or None if text is not None else None
+    data = read_small(root, path)
+    return data.decode(errors='replace').strip() or None if data is not None else None
 
 
 def read_int(root: str, path: str) -> Optional[int]:
@@ -541,6 +568,73 @@ def read_names(root: str, path: str) -> List[str]:
         raise
 
 
+class OpenFiles:
+    """Files that are read in every cycle, None for one that is absent; closed when nothing holds them any more.
+
+    A file of a control group that stays open is read in 1 µs (memory.stat in 6), one that is opened for it in 7 (12). In
+    exchange the kernel keeps a buffer of a page for it: 4.5 kB a file.
+    """
+    def __init__(self, descriptors: Iterable[Optional[int]]):
+        self.descriptors: List[Optional[int]] = []
+        self.descriptors.extend(descriptors)
+
+    def __del__(self) -> None:
+        for descriptor in self.descriptors:
+            if descriptor is not None:
+                os.close(descriptor)
+
+
+def open_file(root: str, path: str) -> Optional[int]:
+    """For reading; None where it is absent."""
+    try:
+        return os.open(f'{root}/{path}', os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno in ABSENT:
+            return None
+        raise
+
+
+def read_open_file(descriptor: Optional[int]) -> Optional[bytes]:
+    """From its beginning; None where it is absent, or has gone (ENODEV)."""
+    try:
+        return None if descriptor is None else os.pread(descriptor, OPEN_FILE_BYTES, 0)
+    except OSError as error:
+        if error.errno in ABSENT:
+            return None
+        raise
+
+
+def read_open_files(descriptors: Sequence[Optional[int]]) -> Tuple[Optional[bytes], ...]:
+    """What each of the files says now."""
+    try:
+        # The loop that the agent spends most of its time in.
+        return tuple([None if descriptor is None else os.pread(descriptor, OPEN_FILE_BYTES, 0) for descriptor in descriptors])
+    except OSError:
+        return tuple(map(read_open_file, descriptors))
+
+
+def may_stay_open(files: OpenFiles) -> bool:
+    """Descriptors are given out from the lowest number on: one near the limit means that few are left."""
+    highest = max((descriptor for descriptor in files.descriptors if descriptor is not None), default=0)
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = MAX_OPEN_FILES if soft == resource.RLIM_INFINITY else min(soft, MAX_OPEN_FILES)
+    return highest < limit - SPARE_DESCRIPTORS
+
+
+def allow_open_files() -> None:
+    """As many as the hard limit grants, up to what MAX_OPEN_FILES says."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+@functools.lru_cache(maxsize=None)
+def libc() -> ctypes.CDLL:
+    """For the few functions of the C library that the standard library has none for; AttributeError where it lacks one."""
+    return ctypes.CDLL(None)
+
+
 def reads_this_machine(roots: Roots) -> bool:
     """Whether what system calls say is about the machine whose trees are read."""
     return roots.procfs == '/proc' or read_line(roots.procfs, 'sys/kernel/random/boot_id') == read_line(
@@ -564,6 +658,13 @@ def parse_key_values(file: str, text: str) -> Dict[str, int]:
         name, value = line.split()
         return name, int(value)
 
+    words = text.split()
+    try:
+        # A quarter of the time that line by line takes, which tells the line that is malformed.
+        if len(words) == 2 * text.count('\n'):
+            return dict(zip(words[::2], map(int, words[1::2])))
+    except ValueError:
+        pass
     return dict(parse_lines(file, text.splitlines(), parse_line))
 
 
@@ -857,28 +958,38 @@ def collect_memory(roots: Roots, before: None) -> Tuple[Fields, None]:
 
 # --- pressure
 
-def parse_pressure(text: str) -> Dict[str, Dict[str, float]]:
-    """/proc/pressure/* and *.pressure of a cgroup: by kind of line, percent averages and a total in µs.
+# accounting/psi.rst, "Pressure interface".
+PRESSURE_LINE = re.compile(r'^(\w+) avg10=([\d.]+) avg60=([\d.]+) avg300=([\d.]+) total=(\d+)(?: .*)?$', re.MULTILINE)
+
+
+# Percent averages over 10, 60 and 300 s, and a total in µs.
+Stall = Tuple[float, float, float, int]
+
+
+def parse_pressure(text: str) -> Dict[str, Stall]:
+    """/proc/pressure/* and *.pressure of a cgroup: by kind of line.
 
     some avg10=0.36 avg60=0.06 avg300=0.14 total=3037169
     """
-    def parse_line(line: str) -> Tuple[str, Dict[str, float]]:
-        kind, *pairs = line.split()
-        values = dict(pair.split('=') for pair in pairs)
-        return kind, {'total': int(values['total']),
-                      **{average: float(values[average]) for average in ('avg10', 'avg60', 'avg300')}}
-
-    return dict(parse_lines('pressure', text.splitlines(), parse_line))
+    lines = PRESSURE_LINE.findall(text)
+    if len(lines) != len(text.splitlines()):
+        line = next((line for line in text.splitlines() if not PRESSURE_LINE.match(line)), text)
+        raise ValueError(f'pressure: malformed line: {line[:200]!r}')
+    return {kind: (float(avg10), float(avg60), float(avg300), int(total)) for kind, avg10, avg60, avg300, total in lines}
 
 
-def build_psi_data(line: Optional[Dict[str, float]]) -> Optional[wire.PsiData]:
-    return line and wire.PsiData(
-        total=UInt64Value(value=line['total']), avg10=DoubleValue(value=line['avg10']),
-        avg60=DoubleValue(value=line['avg60']), avg300=DoubleValue(value=line['avg300']))
+def fill_psi_metrics(psi: wire.PsiMetrics, pressure: Dict[str, Stall]) -> None:
+    """In place: a group has three of these messages with 11 parts each, and building each part takes four times as long."""
+    for kind, stall in pressure.items():
+        if kind in ('some', 'full'):
+            data = psi.some if kind == 'some' else psi.full
+            data.avg10.value, data.avg60.value, data.avg300.value, data.total.value = stall
 
 
-def build_psi_metrics(pressure: Dict[str, Dict[str, float]]) -> wire.PsiMetrics:
-    return wire.PsiMetrics(some=build_psi_data(pressure.get('some')), full=build_psi_data(pressure.get('full')))
+def build_psi_metrics(pressure: Dict[str, Stall]) -> wire.PsiMetrics:
+    psi = wire.PsiMetrics()
+    fill_psi_metrics(psi, pressure)
+    return psi
 
 
 def collect_psi_metrics(root: str, path: str) -> Optional[wire.PsiMetrics]:
@@ -919,7 +1030,7 @@ def collect_resident_bytes(roots: Roots, pids: Iterable[int]) -> Dict[int, int]:
     """The resident set of each process that still exists. statm is the cheapest file that has it."""
     resident = {}
     for pid in pids:
-        data = read_bytes(roots.procfs, f'{pid}/statm')
+        data = read_small(roots.procfs, f'{pid}/statm')
         if data:
             resident[pid] = parse_statm(data) * PAGE_SIZE_BYTES
     return resident
@@ -1257,6 +1368,20 @@ class NetDev(NamedTuple):
 POD_SIDE_INTERFACE = re.compile(r'(veth|cali|lxc|gke|eni[0-9a-f]{11}$|azv|tap|vnet)')
 
 
+# How long what seldom changes of them is taken to stay as it is.
+LINKS_SECONDS = 60
+
+
+class Link(NamedTuple):
+    """What seldom changes of an interface, the packets that it had counted then, and when to read it again (monotonic clock)."""
+    index: Optional[int]
+    mtu: Optional[int]
+    hardware_address: Optional[str]
+    flags: List[str]
+    packets: int
+    due: float
+
+
 class Route(NamedTuple):
     """An entry of a routing table: the interface, and whether it is a usable default route."""
     interface: str
@@ -1329,28 +1454,38 @@ def build_interface_counters(counters: NetDev) -> wire.InterfaceCounters:
     return wire.InterfaceCounters(**counters._asdict())
 
 
-def collect_interface(roots: Roots, name: str, counters: NetDev, addresses: Dict[int, List[Address]]) -> wire.InterfaceStat:
-    """One interface from /sys/class/net; lo and tunnels have a hardware address of zeros, which is none. Of the pods'
-    ends only what the relay's contract asks for."""
-    directory = f'class/net/{name}'
-    index = read_int(roots.sysfs, f'{directory}/ifindex')
-    hardware_address = read_line(roots.sysfs, f'{directory}/address')
-    interface = wire.InterfaceStat(
-        index=index, mtu=read_int(roots.sysfs, f'{directory}/mtu'), name=name,
-        hardwareAddr=hardware_address if hardware_address and hardware_address.strip('0:') else None,
-        flags=interface_flags(read_int(roots.sysfs, f'{directory}/flags') or 0),
-        addrs=[f'{address.address}/{address.prefix_length}' for address in addresses.get(index, ())])
-    if not POD_SIDE_INTERFACE.match(name):
-        interface.MergeFrom(collect_link(roots, directory, counters))
-    return interface
-
-
-def collect_link(roots: Roots, directory: str, counters: NetDev) -> wire.InterfaceStat:
-    """State, speed and counters. Of a link that is down carrier and speed are EINVAL; virtual ones may say -1."""
-    carrier, speed = read_int(roots.sysfs, f'{directory}/carrier'), read_int(roots.sysfs, f'{directory}/speed')
+def build_interface(name: str, link: Link, addresses: Iterable[Address]) -> wire.InterfaceStat:
     return wire.InterfaceStat(
+        index=link.index, mtu=link.mtu, name=name, hardwareAddr=link.hardware_address, flags=link.flags,
+        addrs=[f'{address.address}/{address.prefix_length}' for address in addresses])
+
+
+def collect_link(roots: Roots, name: str, packets: int, known: Optional[Link]) -> Link:
+    """What seldom changes of an interface; lo and tunnels have a hardware address of zeros, which is none. Of the pods' ends,
+    of which there may be hundreds, it is read once a minute, and when they count anew: then it is another pod's."""
+    if known and packets >= known.packets and time.monotonic() < known.due:
+        return known._replace(packets=packets)
+    directory = f'class/net/{name}'
+    hardware_address = read_line(roots.sysfs, f'{directory}/address')
+    return Link(
+        read_int(roots.sysfs, f'{directory}/ifindex'), read_int(roots.sysfs, f'{directory}/mtu'),
+        hardware_address if hardware_address and hardware_address.strip('0:') else None,
+        interface_flags(read_int(roots.sysfs, f'{directory}/flags') or 0), packets,
+        time.monotonic() + (LINKS_SECONDS if POD_SIDE_INTERFACE.match(name) else 0))
+
+
+def collect_interface(roots: Roots, name: str, counters: NetDev, link: Link, addresses: Iterable[Address]) -> wire.InterfaceStat:
+    """One interface; of the pods' ends only what the relay's contract asks for. Of a link that is down carrier and speed are
+    EINVAL; virtual ones may say -1."""
+    interface = build_interface(name, link, addresses)
+    if POD_SIDE_INTERFACE.match(name):
+        return interface
+    directory = f'class/net/{name}'
+    carrier, speed = read_int(roots.sysfs, f'{directory}/carrier'), read_int(roots.sysfs, f'{directory}/speed')
+    interface.MergeFrom(wire.InterfaceStat(
         operstate=read_line(roots.sysfs, f'{directory}/operstate'), carrier=None if carrier is None else bool(carrier),
-        speed_mbits=speed if speed and speed > 0 else None, counters=build_interface_counters(counters))
+        speed_mbits=speed if speed and speed > 0 else None, counters=build_interface_counters(counters)))
+    return interface
 
 
 def collect_primary_address(roots: Roots, routes: Iterable[Route], addresses: Iterable[Address],
@@ -1360,7 +1495,7 @@ def collect_primary_address(roots: Roots, routes: Iterable[Route], addresses: It
     return build_string_value(primary_address(addresses, index, family))
 
 
-def collect_network(roots: Roots, before: None) -> Tuple[Fields, None]:
+def collect_network(roots: Roots, before: Optional[Dict[str, Link]]) -> Tuple[Fields, Dict[str, Link]]:
     counters = parse_net_dev(read_net(roots, 'dev') or '')
     addresses = parse_addresses(read_addresses(roots))
     by_index = collections.defaultdict(list)
@@ -1368,12 +1503,15 @@ def collect_network(roots: Roots, before: None) -> Tuple[Fields, None]:
         by_index[address.index].append(address)
     ipv4_routes = parse_route(read_net(roots, 'route') or '')
     ipv6_routes = parse_ipv6_route(read_net(roots, 'ipv6_route') or '')
+    links = {name: collect_link(roots, name, columns.rx_packets + columns.tx_packets, (before or {}).get(name))
+             for name, columns in counters.items()}
     return {
         'primary_ipv4': collect_primary_address(roots, ipv4_routes, addresses, socket.AF_INET),
         'primary_ipv6': collect_primary_address(roots, ipv6_routes, addresses, socket.AF_INET6),
         'net_usage': build_net_usage(counters.values()) if counters else None,
-        'network_interfaces': [collect_interface(roots, name, columns, by_index) for name, columns in counters.items()],
-    }, None
+        'network_interfaces': [collect_interface(roots, name, columns, links[name], by_index[links[name].index])
+                               for name, columns in counters.items()],
+    }, links
 
 
 # --- network protocols
@@ -1455,10 +1593,9 @@ STA_UNSYNC, STA_NANO = 0x0040, 0x2000
 
 def read_timex() -> Optional[bytes]:
     """adjtimex(2) with nothing to adjust; the standard library has no function for it."""
-    import ctypes
     timex = ctypes.create_string_buffer(TIMEX_BYTES)
     try:
-        return timex.raw if ctypes.CDLL(None, use_errno=True).adjtimex(timex) >= 0 else None
+        return timex.raw if libc().adjtimex(timex) >= 0 else None
     except AttributeError:
         return None
 
@@ -1556,6 +1693,11 @@ class CgroupTree(NamedTuple):
     version: int
     directories: Dict[str, str]
 
+    @property
+    def top(self) -> str:
+        """The hierarchy in which groups are looked for."""
+        return self.directories['' if self.version == 2 else 'memory']
+
 
 class Limits(NamedTuple):
     """What changes seldom, if ever; None without a limit."""
@@ -1569,6 +1711,29 @@ class Limits(NamedTuple):
     pids_max: Optional[int] = None
 
 
+class GroupFile(NamedTuple):
+    """A file that is read of each group in each cycle: its controller (of v1), its name, or names of which the first that is
+    there counts, and what parses it."""
+    controller: str
+    names: Tuple[str, ...]
+    parse: Callable[[str], Any]
+
+
+class Cgroup(NamedTuple):
+    """A group as it was read last: its files, which stay open, what they said, what that means, and the message of it, which
+    is built anew only when they say something else. Nothing in it tells when it was read."""
+    files: Optional[OpenFiles]
+    texts: Tuple[Optional[bytes], ...]
+    values: Tuple[Any, ...]
+    limits: Limits
+    # When all of it is to be read again (monotonic clock).
+    due: float
+    usage_usec: Optional[int]
+    # CgroupMetrics, and what a container takes from it in the runtime's terms, both without timestamps.
+    serialized: bytes
+    container: wire.SerializedContainer
+
+
 def read_cgroup_tree(roots: Roots) -> Optional[CgroupTree]:
     """v2 has cgroup.controllers at its root. A hybrid system has it elsewhere, and the controllers are those of v1."""
     if read_text(roots.sysfs, 'fs/cgroup/cgroup.controllers') is not None:
@@ -1578,18 +1743,22 @@ def read_cgroup_tree(roots: Roots) -> Optional[CgroupTree]:
     return CgroupTree(1, directories) if 'memory' in directories else None
 
 
-def read_v1(roots: Roots, tree: CgroupTree, controller: str, path: str) -> Optional[str]:
+def read_group_file(roots: Roots, tree: CgroupTree, controller: str, path: str) -> Optional[str]:
     """A file of one controller's hierarchy; path is below its root."""
     directory = tree.directories.get(controller)
     return read_text(roots.sysfs, f'{directory}/{path}') if directory else None
 
 
-def parse_number(file: str, text: Optional[str]) -> Optional[int]:
-    """A file of one number; `max`, v2's word for no limit, is None, as is a file that is not there."""
-    if text is None or text.strip() == 'max':
-        return None
+def open_group_file(roots: Roots, tree: CgroupTree, path: str, file: GroupFile) -> Optional[int]:
+    directory = tree.directories.get(file.controller)
+    descriptors = (open_file(roots.sysfs, f'{directory}/{path}/{name}') for name in file.names if directory)
+    return next((descriptor for descriptor in descriptors if descriptor is not None), None)
+
+
+def parse_number(file: str, text: str) -> Optional[int]:
+    """A file of one number; `max`, v2's word for no limit, is None."""
     try:
-        return int(text)
+        return None if text == 'max\n' else int(text)
     except ValueError:
         raise ValueError(f'{file}: malformed line: {text[:200]!r}') from None
 
@@ -1601,6 +1770,24 @@ def parse_cpu_max(text: str) -> Tuple[Optional[int], Optional[int]]:
         return (None, None) if quota == 'max' else (int(quota), int(period))
 
     return parse_lines('cpu.max', text.splitlines()[:1] or [''], parse_line)[0]
+
+
+def parse_memory_stat(text: str, names: Sequence[str]) -> Dict[str, int]:
+    """memory.stat, `name number` lines: of its 60 lines only those of these names, in half the time that all of them take."""
+    values, lines, end = {}, f'\n{text}\n', 0
+    for name in names:
+        # In the order in which the kernel writes them each search begins where the last one ended.
+        start = lines.find(f'\n{name} ', end)
+        start = lines.find(f'\n{name} ') if start < 0 else start
+        if start >= 0:
+            number, end = start + len(name) + 2, lines.find('\n', start + 1)
+            try:
+                values[name] = int(lines[number:end])
+            except ValueError:
+                raise ValueError(f'memory.stat: malformed line: {lines[start + 1:end][:200]!r}') from None
+    if text and not values:
+        raise ValueError(f'memory.stat: malformed: {text[:200]!r}')
+    return values
 
 
 def parse_io_stat(text: str) -> Dict[str, Dict[str, int]]:
@@ -1635,6 +1822,42 @@ def parse_blkio(text: str) -> Dict[str, Dict[str, int]]:
     return dict(devices)
 
 
+def number_file(name: str, controller: str = '') -> GroupFile:
+    return GroupFile(controller, (name,), functools.partial(parse_number, name))
+
+
+def key_value_file(name: str, controller: str = '') -> GroupFile:
+    return GroupFile(controller, (name,), functools.partial(parse_key_values, name))
+
+
+def memory_stat_file(names: Iterable[str], controller: str = '') -> GroupFile:
+    return GroupFile(controller, ('memory.stat',), functools.partial(parse_memory_stat, names=tuple(names)))
+
+
+MEMORY_STAT_V2 = ('anon', 'file', 'kernel', 'sock', 'shmem', 'file_mapped', 'inactive_file', 'active_file', 'slab', 'pgfault',
+                  'pgmajfault')
+# v1's names for them; those with total_ include the groups below.
+MEMORY_STAT_V1 = {'total_cache': 'file', 'total_rss': 'anon', 'total_shmem': 'shmem', 'total_mapped_file': 'file_mapped',
+                  'total_pgfault': 'pgfault', 'total_pgmajfault': 'pgmajfault', 'total_inactive_file': 'inactive_file',
+                  'total_active_file': 'active_file'}
+# Each in the order in which build_cgroup_v2 and build_cgroup_v1 take what is in them; see CgroupVersion.
+GROUP_FILES_V2 = (
+    key_value_file('cpu.stat'), number_file('memory.current'), GroupFile('', ('io.stat',), parse_io_stat),
+    *(GroupFile('', (f'{name}.pressure',), parse_pressure) for name in ('cpu', 'memory', 'io')),
+    number_file('memory.peak'), number_file('memory.swap.current'), memory_stat_file(MEMORY_STAT_V2),
+    key_value_file('memory.events'), number_file('pids.current'))
+# blkio counts reads and writes as the throttling layer sees them, of the groups below as well where the kernel tells;
+# without a limit some kernels count nothing.
+GROUP_FILES_V1 = (
+    number_file('cpuacct.usage', 'cpuacct'), number_file('memory.usage_in_bytes', 'memory'),
+    *(GroupFile('blkio', (f'blkio.throttle.{name}_recursive', f'blkio.throttle.{name}'), parse_blkio)
+      for name in ('io_service_bytes', 'io_serviced')),
+    key_value_file('cpuacct.stat', 'cpuacct'), key_value_file('cpu.stat', 'cpu'),
+    number_file('memory.max_usage_in_bytes', 'memory'), number_file('memory.memsw.usage_in_bytes', 'memory'),
+    number_file('memory.kmem.usage_in_bytes', 'memory'), number_file('memory.kmem.tcp.usage_in_bytes', 'memory'),
+    memory_stat_file(MEMORY_STAT_V1, 'memory'), key_value_file('memory.oom_control', 'memory'), number_file('pids.current', 'pids'))
+
+
 def limited(number: Optional[int]) -> Optional[int]:
     """A limit of cgroup v1."""
     return number if number is not None and 0 <= number < V1_NO_LIMIT_BYTES else None
@@ -1651,11 +1874,15 @@ def cpu_stat_from_v1(usage_ns: Optional[int], cpuacct: Dict[str, int], cpu: Dict
     return {**stat_v2, **{f'{name}_usec': ticks * tick_usec for name, ticks in cpuacct.items() if name in ('user', 'system')}}
 
 
-def memory_stat_from_v1(stat_v1: Dict[str, int]) -> Dict[str, int]:
-    """v1's memory.stat under v2's names: those with total_ include the groups below."""
-    names = {'anon': 'rss', 'file': 'cache', 'file_mapped': 'mapped_file', 'inactive_file': 'inactive_file',
-             'active_file': 'active_file', 'shmem': 'shmem', 'pgfault': 'pgfault', 'pgmajfault': 'pgmajfault'}
-    return {v2: stat_v1[f'total_{v1}'] for v2, v1 in names.items() if f'total_{v1}' in stat_v1}
+def memory_stat_from_v1(stat_v1: Dict[str, int], kernel: Optional[int], sock: Optional[int]) -> Dict[str, Optional[int]]:
+    """v1's memory.stat under v2's names. What the kernel itself and its sockets take has files of its own there."""
+    return {**{MEMORY_STAT_V1[name]: number for name, number in stat_v1.items()}, 'kernel': kernel, 'sock': sock}
+
+
+def io_stat_from_v1(sizes: Dict[str, Dict[str, int]], counts: Dict[str, Dict[str, int]]) -> Dict[str, Dict[str, Optional[int]]]:
+    """v1's blkio files under io.stat's names."""
+    return {device: {'rbytes': sizes[device].get('Read'), 'wbytes': sizes[device].get('Write'),
+                     'rios': counts.get(device, {}).get('Read'), 'wios': counts.get(device, {}).get('Write')} for device in sizes}
 
 
 def build_cgroup_cpu(cpu: Dict[str, int], limits: Limits) -> wire.CgroupCpu:
@@ -1665,7 +1892,7 @@ def build_cgroup_cpu(cpu: Dict[str, int], limits: Limits) -> wire.CgroupCpu:
         quota_usec=limits.quota_usec, period_usec=limits.period_usec, weight=limits.weight, shares=limits.shares)
 
 
-def build_cgroup_memory(current: Optional[int], peak: Optional[int], swap: Optional[int], memory: Dict[str, int],
+def build_cgroup_memory(current: Optional[int], peak: Optional[int], swap: Optional[int], memory: Dict[str, Optional[int]],
                         events: Dict[str, int], limits: Limits) -> wire.CgroupMemory:
     return wire.CgroupMemory(
         current_bytes=current, peak_bytes=peak, max_bytes=limits.memory_max_bytes, high_bytes=limits.memory_high_bytes,
@@ -1677,7 +1904,7 @@ def build_cgroup_memory(current: Optional[int], peak: Optional[int], swap: Optio
         events_oom=events.get('oom'), events_oom_kill=events.get('oom_kill'))
 
 
-def build_cgroup_io(device: str, io: Dict[str, int]) -> wire.CgroupIo:
+def build_cgroup_io(device: str, io: Dict[str, Optional[int]]) -> wire.CgroupIo:
     return wire.CgroupIo(device=device, rbytes=io.get('rbytes'), wbytes=io.get('wbytes'), rios=io.get('rios'), wios=io.get('wios'))
 
 
@@ -1685,11 +1912,74 @@ def build_cgroup_pids(current: Optional[int], limits: Limits) -> Optional[wire.C
     return None if current is None else wire.CgroupPids(current=current, max=limits.pids_max)
 
 
-def collect_limits_v2(root: str, path: str) -> Limits:
-    def number(file: str) -> Optional[int]:
-        return parse_number(file, read_text(root, f'{path}/{file}'))
+def build_cgroup_v2(path: str, limits: Limits, cpu: Any, current: Any, io: Any, cpu_pressure: Any, memory_pressure: Any,
+                    io_pressure: Any, peak: Any, swap: Any, memory: Any, events: Any, pids: Any) -> wire.CgroupMetrics:
+    """What is in GROUP_FILES_V2; None for a file that is absent."""
+    metrics = wire.CgroupMetrics(
+        path=path, cpu=build_cgroup_cpu(cpu, limits),
+        memory=build_cgroup_memory(current, peak, swap, memory or {}, events or {}, limits),
+        io=[build_cgroup_io(*item) for item in sorted((io or {}).items())], pids=build_cgroup_pids(pids, limits))
+    fill_psi_metrics(metrics.cpu_pressure, cpu_pressure or {})
+    fill_psi_metrics(metrics.memory_pressure, memory_pressure or {})
+    fill_psi_metrics(metrics.io_pressure, io_pressure or {})
+    return metrics
 
-    cpu_max = read_text(root, f'{path}/cpu.max')
+
+def build_cgroup_v1(path: str, limits: Limits, usage_ns: Any, current: Any, io_sizes: Any, io_counts: Any, cpuacct: Any,
+                    cpu: Any, peak: Any, memsw: Any, kernel: Any, sock: Any, memory: Any, oom_control: Any,
+                    pids: Any) -> wire.CgroupMetrics:
+    """What is in GROUP_FILES_V1, as v2 has it. memory.memsw counts memory and swap together."""
+    swap = None if memsw is None or current is None else max(0, memsw - current)
+    events = {'oom_kill': (oom_control or {}).get('oom_kill')}
+    return wire.CgroupMetrics(
+        path=path, cpu=build_cgroup_cpu(cpu_stat_from_v1(usage_ns, cpuacct or {}, cpu or {}), limits),
+        memory=build_cgroup_memory(current, peak, swap, memory_stat_from_v1(memory or {}, kernel, sock), events, limits),
+        io=[build_cgroup_io(*item) for item in sorted(io_stat_from_v1(io_sizes or {}, io_counts or {}).items())],
+        pids=build_cgroup_pids(pids, limits))
+
+
+# A wrapper, UInt64Value, as the constructors of messages take it in half the time: None where it is absent.
+Wrapped = Optional[Dict[str, int]]
+
+
+def wrapped(number: Optional[int]) -> Wrapped:
+    return None if number is None else {'value': number}
+
+
+def wrapped_field(message: Any, field: str) -> Wrapped:
+    """A scalar of ours."""
+    return {'value': getattr(message, field)} if message.HasField(field) else None
+
+
+def build_cgroup_memory_metrics(memory: wire.CgroupMemory) -> wire.MemoryMetrics:
+    """What the runtimes make of the same files: the working set is all but the file pages that nobody has used lately."""
+    known = memory.HasField('inactive_file_bytes')
+    working_set = max(0, memory.current_bytes - memory.inactive_file_bytes)
+    available = max(0, memory.max_bytes - working_set)
+    return wire.MemoryMetrics(
+        working_set_bytes=wrapped(working_set) if known else None,
+        available_bytes=wrapped(available) if known and memory.HasField('max_bytes') else None,
+        usage_bytes=wrapped(memory.current_bytes), rss_bytes=wrapped_field(memory, 'anon_bytes'),
+        page_faults=wrapped_field(memory, 'pgfault'), major_page_faults=wrapped_field(memory, 'pgmajfault'))
+
+
+def build_cgroup_swap_metrics(memory: wire.CgroupMemory) -> wire.SwapMetrics:
+    available = max(0, memory.swap_max_bytes - memory.swap_current_bytes) if memory.HasField('swap_max_bytes') else None
+    return wire.SwapMetrics(available_bytes=wrapped(available), usage_bytes=wrapped(memory.swap_current_bytes))
+
+
+def build_container_use(memory: wire.CgroupMemory) -> wire.SerializedContainer:
+    return wire.SerializedContainer(
+        memory_metrics=build_cgroup_memory_metrics(memory) if memory.HasField('current_bytes') else None,
+        swap_metrics=build_cgroup_swap_metrics(memory) if memory.HasField('swap_current_bytes') else None, stats_source='cgroup')
+
+
+def collect_limits_v2(roots: Roots, tree: CgroupTree, path: str) -> Limits:
+    def number(file: str) -> Optional[int]:
+        text = read_group_file(roots, tree, '', f'{path}/{file}')
+        return None if text is None else parse_number(file, text)
+
+    cpu_max = read_group_file(roots, tree, '', f'{path}/cpu.max')
     quota_usec, period_usec = parse_cpu_max(cpu_max) if cpu_max else (None, None)
     return Limits(quota_usec, period_usec, number('cpu.weight'), None, number('memory.max'), number('memory.high'),
                   number('memory.swap.max'), number('pids.max'))
@@ -1698,7 +1988,8 @@ def collect_limits_v2(root: str, path: str) -> Limits:
 def collect_limits_v1(roots: Roots, tree: CgroupTree, path: str) -> Limits:
     """memory.memsw counts memory and swap together."""
     def number(controller: str, file: str) -> Optional[int]:
-        return limited(parse_number(file, read_v1(roots, tree, controller, f'{path}/{file}')))
+        text = read_group_file(roots, tree, controller, f'{path}/{file}')
+        return None if text is None else limited(parse_number(file, text))
 
     quota_usec, period_usec = number('cpu', 'cpu.cfs_quota_us'), number('cpu', 'cpu.cfs_period_us')
     memory, memsw = number('memory', 'memory.limit_in_bytes'), number('memory', 'memory.memsw.limit_in_bytes')
@@ -1706,93 +1997,55 @@ def collect_limits_v1(roots: Roots, tree: CgroupTree, path: str) -> Limits:
                   None if memory is None or memsw is None else max(0, memsw - memory), number('pids', 'pids.max'))
 
 
-def collect_cgroup_v2(root: str, path: str, limits: Limits) -> Optional[wire.CgroupMetrics]:
-    """One group. None where it is gone."""
-    def key_values(file: str) -> Dict[str, int]:
-        return parse_key_values(file, read_text(root, f'{path}/{file}') or '')
-
-    def number(file: str) -> Optional[int]:
-        return parse_number(file, read_text(root, f'{path}/{file}'))
-
-    cpu = key_values('cpu.stat')
-    if not cpu:
-        return None
-    io = parse_io_stat(read_text(root, f'{path}/io.stat') or '')
-    memory = build_cgroup_memory(number('memory.current'), number('memory.peak'), number('memory.swap.current'),
-                                 key_values('memory.stat'), key_values('memory.events'), limits)
-    return wire.CgroupMetrics(
-        path=path, timestamp_ns=time.time_ns(), cpu=build_cgroup_cpu(cpu, limits), memory=memory,
-        io=[build_cgroup_io(*item) for item in sorted(io.items())], pids=build_cgroup_pids(number('pids.current'), limits),
-        cpu_pressure=collect_psi_metrics(root, f'{path}/cpu.pressure'),
-        memory_pressure=collect_psi_metrics(root, f'{path}/memory.pressure'),
-        io_pressure=collect_psi_metrics(root, f'{path}/io.pressure'))
+class CgroupVersion(NamedTuple):
+    """What differs between v1 and v2. Of the files, a group has one of the first `essential` as long as it is there; and when
+    the first `telling` say what they said, no process of the group has run, waited or done I/O, and nobody has taken memory
+    from it: the others say what they said as well."""
+    files: Tuple[GroupFile, ...]
+    essential: int
+    telling: int
+    build: Callable[..., wire.CgroupMetrics]
+    collect_limits: Callable[[Roots, CgroupTree, str], Limits]
 
 
-def collect_memory_v1(roots: Roots, tree: CgroupTree, path: str, limits: Limits) -> wire.CgroupMemory:
-    def read(file: str) -> Optional[str]:
-        return read_v1(roots, tree, 'memory', f'{path}/{file}')
-
-    current = parse_number('memory.usage_in_bytes', read('memory.usage_in_bytes'))
-    memsw = parse_number('memory.memsw.usage_in_bytes', read('memory.memsw.usage_in_bytes'))
-    stat_v2 = memory_stat_from_v1(parse_key_values('memory.stat', read('memory.stat') or ''))
-    extra = {'kernel': parse_number('memory.kmem.usage_in_bytes', read('memory.kmem.usage_in_bytes')),
-             'sock': parse_number('memory.kmem.tcp.usage_in_bytes', read('memory.kmem.tcp.usage_in_bytes'))}
-    return build_cgroup_memory(
-        current, parse_number('memory.max_usage_in_bytes', read('memory.max_usage_in_bytes')),
-        None if memsw is None or current is None else max(0, memsw - current), {**stat_v2, **extra},
-        {'oom_kill': parse_key_values('memory.oom_control', read('memory.oom_control') or '').get('oom_kill')}, limits)
+CGROUP_VERSIONS = {
+    1: CgroupVersion(GROUP_FILES_V1, 2, 4, build_cgroup_v1, collect_limits_v1),
+    2: CgroupVersion(GROUP_FILES_V2, 1, 6, build_cgroup_v2, collect_limits_v2),
+}
 
 
-def collect_io_v1(roots: Roots, tree: CgroupTree, path: str) -> List[wire.CgroupIo]:
-    """Reads and writes as the throttling layer sees them, of the groups below as well where the kernel
-    tells; without a limit some kernels count nothing there."""
-    def blkio(name: str) -> Dict[str, Dict[str, int]]:
-        return parse_blkio(read_v1(roots, tree, 'blkio', f'{path}/blkio.throttle.{name}_recursive')
-                           or read_v1(roots, tree, 'blkio', f'{path}/blkio.throttle.{name}') or '')
-
-    sizes, counts = blkio('io_service_bytes'), blkio('io_serviced')
-    return [build_cgroup_io(device, {
-        'rbytes': sizes[device].get('Read'), 'wbytes': sizes[device].get('Write'),
-        'rios': counts.get(device, {}).get('Read'), 'wios': counts.get(device, {}).get('Write')}) for device in sorted(sizes)]
+def collect_values(files: Sequence[GroupFile], texts: Sequence[Optional[bytes]], known: Optional[Cgroup]) -> Tuple[Any, ...]:
+    """What is in the files; those that say what they said last time are not parsed again."""
+    old_texts, old_values = (known.texts, known.values) if known else ((None,) * len(files),) * 2
+    return tuple([value if text == old else file.parse(text.decode(errors='replace')) if text is not None else None
+                  for file, text, old, value in zip(files, texts, old_texts, old_values)])
 
 
-def collect_cgroup_v1(roots: Roots, tree: CgroupTree, path: str, limits: Limits) -> Optional[wire.CgroupMetrics]:
-    """One group, in all the hierarchies. None where it is gone."""
-    usage_ns = parse_number('cpuacct.usage', read_v1(roots, tree, 'cpuacct', f'{path}/cpuacct.usage'))
-    memory = collect_memory_v1(roots, tree, path, limits)
-    if usage_ns is None and not memory.HasField('current_bytes'):
-        return None
-    cpuacct = parse_key_values('cpuacct.stat', read_v1(roots, tree, 'cpuacct', f'{path}/cpuacct.stat') or '')
-    cpu = parse_key_values('cpu.stat', read_v1(roots, tree, 'cpu', f'{path}/cpu.stat') or '')
-    pids = parse_number('pids.current', read_v1(roots, tree, 'pids', f'{path}/pids.current'))
-    return wire.CgroupMetrics(
-        path=path, timestamp_ns=time.time_ns(), cpu=build_cgroup_cpu(cpu_stat_from_v1(usage_ns, cpuacct, cpu), limits),
-        memory=memory, io=collect_io_v1(roots, tree, path), pids=build_cgroup_pids(pids, limits))
+def open_group(roots: Roots, tree: CgroupTree, path: str) -> OpenFiles:
+    return OpenFiles(open_group_file(roots, tree, path, file) for file in CGROUP_VERSIONS[tree.version].files)
 
 
-def collect_limits(roots: Roots, tree: CgroupTree, path: str) -> Limits:
-    return collect_limits_v2(f'{roots.sysfs}/fs/cgroup', path) if tree.version == 2 else collect_limits_v1(roots, tree, path)
-
-
-class KnownLimits(NamedTuple):
-    """Limits, and when they are to be read again (monotonic clock)."""
-    limits: Limits
-    due: float
-
-
-def keep_limits(roots: Roots, tree: CgroupTree, path: str, known: Optional[KnownLimits]) -> KnownLimits:
-    if known and time.monotonic() < known.due:
+def collect_cgroup(roots: Roots, tree: CgroupTree, path: str, known: Optional[Cgroup]) -> Optional[Cgroup]:
+    """A group, by what is known of it from the last cycle; None where it is gone. Each minute it is read as if nothing were
+    known: limits may have changed, and files may be there that were absent."""
+    version, now = CGROUP_VERSIONS[tree.version], time.monotonic()
+    if known and now >= known.due:
+        known = None
+    files = known and known.files or open_group(roots, tree, path)
+    telling = read_open_files(files.descriptors[:version.telling])
+    if known and telling == known.texts[:version.telling]:
         return known
-    return KnownLimits(collect_limits(roots, tree, path), time.monotonic() + LIMITS_SECONDS)
-
-
-def collect_cgroup(roots: Roots, tree: CgroupTree, path: str, known: Optional[KnownLimits],
-                   ) -> Tuple[Optional[wire.CgroupMetrics], KnownLimits]:
-    """A group, None where it is gone; and its limits, to be handed back next cycle."""
-    known = keep_limits(roots, tree, path, known)
-    if tree.version == 2:
-        return collect_cgroup_v2(f'{roots.sysfs}/fs/cgroup', path, known.limits), known
-    return collect_cgroup_v1(roots, tree, path, known.limits), known
+    if not any(telling[:version.essential]):
+        # A unit that was started again has another group under the same path.
+        return collect_cgroup(roots, tree, path, None) if known else None
+    texts = telling + read_open_files(files.descriptors[version.telling:])
+    limits = known.limits if known else version.collect_limits(roots, tree, path)
+    values = collect_values(version.files, texts, known)
+    metrics = version.build(path, limits, *values)
+    usage_usec = metrics.cpu.usage_usec if metrics.cpu.HasField('usage_usec') else None
+    return Cgroup(files if known and known.files or may_stay_open(files) else None, texts, values, limits,
+                  known.due if known else now + LIMITS_SECONDS, usage_usec, metrics.SerializeToString(),
+                  build_container_use(metrics.memory))
 
 
 # --- services
@@ -1802,15 +2055,21 @@ SERVICES = tuple(f'{name}.service' for name in (
     'kubelet', 'containerd', 'crio', 'docker', 'cri-docker', 'k3s', 'k3s-agent', 'rke2-server', 'rke2-agent'))
 
 
-def collect_services(roots: Roots, before: Optional[Dict[str, KnownLimits]]) -> Tuple[Fields, Dict[str, KnownLimits]]:
+def build_service_metrics(name: str, cgroup: Cgroup, timestamp_ns: int) -> wire.ServiceMetrics:
+    service = wire.ServiceMetrics(name=name, cgroup=wire.CgroupMetrics.FromString(cgroup.serialized))
+    service.cgroup.timestamp_ns = timestamp_ns
+    return service
+
+
+def collect_services(roots: Roots, before: Optional[Dict[str, Cgroup]]) -> Tuple[Fields, Dict[str, Cgroup]]:
     """The units below system.slice that there are."""
     tree, services, after = read_cgroup_tree(roots), [], {}
-    directory = tree and tree.directories.get('' if tree.version == 2 else 'memory')
-    present = set(read_names(roots.sysfs, f'{directory}/system.slice')) if directory else set()
+    present = set(read_names(roots.sysfs, f'{tree.top}/system.slice')) if tree else set()
     for name in (name for name in SERVICES if name in present):
-        cgroup, after[name] = collect_cgroup(roots, tree, f'system.slice/{name}', (before or {}).get(name))
+        cgroup = collect_cgroup(roots, tree, f'system.slice/{name}', (before or {}).get(name))
         if cgroup:
-            services.append(wire.ServiceMetrics(name=name, cgroup=cgroup))
+            services.append(build_service_metrics(name, cgroup, time.time_ns()))
+            after[name] = cgroup
     return {'services': services}, after
 
 
@@ -1865,8 +2124,8 @@ CRI_SERVICES = ('runtime.v1.RuntimeService', 'runtime.v1alpha2.RuntimeService')
 # The methods the agent calls. They only read.
 CRI_ANSWERS = {
     'Version': cri.VersionResponse,
-    'ListPodSandbox': cri.ListPodSandboxResponse,
-    'ListContainers': cri.ListContainersResponse,
+    'ListPodSandbox': cri.SerializedList,
+    'ListContainers': cri.SerializedList,
     'ListContainerStats': cri.ListContainerStatsResponse,
     'ContainerStatus': cri.ContainerStatusResponse,
     'Status': cri.StatusResponse,
@@ -1974,29 +2233,36 @@ def read_socket_inode(path: str) -> Optional[Tuple[int, int]]:
     return (status.st_dev, status.st_ino) if stat.S_ISSOCK(status.st_mode) else None
 
 
+def cri_method(channel: grpc.Channel, service: str, method: str) -> grpc.UnaryUnaryMultiCallable:
+    return channel.unary_unary(f'/{service}/{method}', response_deserializer=CRI_ANSWERS[method].FromString)
+
+
 def start_call(channel: grpc.Channel, service: str, method: str, timeout: float, request: bytes = b'') -> Call:
     """Begin a call; an empty request asks for everything. `fetch` waits for the answer."""
-    decode = CRI_ANSWERS[method].FromString
-    future = channel.unary_unary(f'/{service}/{method}', response_deserializer=decode).future(request, timeout=timeout)
-    return Call(method, future, time.monotonic())
+    return Call(method, cri_method(channel, service, method).future(request, timeout=timeout), time.monotonic())
 
 
-def add_call(tallies: Dict[str, CallTally], call: Call, failed: bool) -> None:
-    tally, seconds = tallies.get(call.method, CallTally()), time.monotonic() - call.started
-    tallies[call.method] = CallTally(tally.calls + 1, tally.failures + failed, tally.seconds + seconds, seconds)
+def add_call(tallies: Dict[str, CallTally], method: str, seconds: float, failed: bool) -> None:
+    tally = tallies.get(method, CallTally())
+    tallies[method] = CallTally(tally.calls + 1, tally.failures + failed, tally.seconds + seconds, seconds)
 
 
-def fetch(call: Call, tallies: Dict[str, CallTally]) -> Any:
-    """The answer to a call that has begun, or CriError; either way it is counted."""
+def fetch_answer(method: str, started: float, ask: Callable[[], Any], tallies: Dict[str, CallTally]) -> Any:
+    """What `ask` gives, or CriError; either way the call is counted."""
     failed = True
     try:
-        answer = call.future.result()
+        answer = ask()
         failed = False
         return answer
     except grpc.RpcError as error:
-        raise CriError(f'{call.method}: {error.code().name}: {error.details()}', error.code()) from None
+        raise CriError(f'{method}: {error.code().name}: {error.details()}', error.code()) from None
     finally:
-        add_call(tallies, call, failed)
+        add_call(tallies, method, time.monotonic() - started, failed)
+
+
+def fetch(call: Call, tallies: Dict[str, CallTally]) -> Any:
+    """The answer to a call that has begun. CriError."""
+    return fetch_answer(call.method, call.started, call.future.result, tallies)
 
 
 def seconds_until(deadline: float) -> float:
@@ -2005,7 +2271,9 @@ def seconds_until(deadline: float) -> float:
 
 
 def fetch_now(runtime: Runtime, method: str, deadline: float, tallies: Dict[str, CallTally]) -> Any:
-    return fetch(start_call(runtime.channel, runtime.service, method, seconds_until(deadline)), tallies)
+    """Ask and wait; without a future, for which grpc starts a thread. CriError."""
+    ask = functools.partial(cri_method(runtime.channel, runtime.service, method), b'', timeout=seconds_until(deadline))
+    return fetch_answer(method, time.monotonic(), ask, tallies)
 
 
 def probe_version(channel: grpc.Channel, path: str, service: str, call: Call, tallies: Dict[str, CallTally]) -> Runtime:
@@ -2066,32 +2334,44 @@ INNER_CGROUP = 'container'
 SEARCH_AGAIN_SECONDS = 60
 
 
+class CgroupReading(NamedTuple):
+    """A group, and when it was read: by the wall clock, and by the one that rates are taken by (monotonic)."""
+    cgroup: Cgroup
+    timestamp_ns: int
+    clock_ns: int
+
+
+class PodNetwork(NamedTuple):
+    """A pod's network as one of its processes sees it, the text of its net/dev, and the fields of PodMetrics that this makes."""
+    pid: str
+    host: bool
+    text: Optional[bytes]
+    serialized: bytes
+
+
+class PodView(NamedTuple):
+    """What the kernel knows of a pod: where its own group is and, as a field of PodMetrics, the class that this means; the
+    group; the network."""
+    path: Optional[str] = None
+    quality: bytes = b''
+    reading: Optional[CgroupReading] = None
+    network: Optional[PodNetwork] = None
+
+
 class CgroupsMemory(NamedTuple):
-    """Groups by container (and sandbox) id, their limits by path; what was looked for in vain, and until when to bear it."""
+    """Where the groups are, by container (and sandbox) id, and what the last cycle has seen, by container and by sandbox id;
+    what was looked for in vain, and until when to bear it."""
     tree: Optional[CgroupTree] = None
     paths: Dict[str, str] = {}
-    limits: Dict[str, KnownLimits] = {}
+    readings: Dict[str, CgroupReading] = {}
+    views: Dict[str, PodView] = {}
     unfound: FrozenSet[str] = frozenset()
     search_due: float = 0
 
 
-class CgroupSample(NamedTuple):
-    """A group, and when it was read by the clock that rates are taken by (monotonic)."""
-    cgroup: wire.CgroupMetrics
-    clock_ns: int
-
-
-class PodView(NamedTuple):
-    """What the kernel knows of a pod."""
-    cgroup: Optional[wire.CgroupMetrics] = None
-    qos_class: Optional[str] = None
-    host_network: Optional[bool] = None
-    interfaces: Sequence[wire.PodInterface] = ()
-
-
 def read_container_cgroups(roots: Roots, tree: CgroupTree) -> Dict[str, str]:
     """All groups of containers and sandboxes: path, below the root of the hierarchy, by id. One walk of the tree."""
-    root = f'{roots.sysfs}/{tree.directories["" if tree.version == 2 else "memory"]}'
+    root = f'{roots.sysfs}/{tree.top}'
     paths = {}
     for directory, names, _ in os.walk(root):
         for name in names[:]:
@@ -2102,6 +2382,12 @@ def read_container_cgroups(roots: Roots, tree: CgroupTree) -> Dict[str, str]:
                 inner = os.path.join(path, INNER_CGROUP)
                 paths[match.group(1)] = (inner if os.path.isdir(inner) else path)[len(root) + 1:]
     return paths
+
+
+def read_first_pid(roots: Roots, tree: CgroupTree, path: str) -> Optional[str]:
+    """Some process of the group."""
+    pids = (read_small(roots.sysfs, f'{tree.top}/{path}/cgroup.procs') or b'').split(None, 1)
+    return pids[0].decode(errors='replace') if pids else None
 
 
 def pod_cgroup_path(path: str, uid: str) -> Optional[str]:
@@ -2126,66 +2412,90 @@ def find_cgroups(roots: Roots, memory: CgroupsMemory, ids: Set[str]) -> CgroupsM
     missing = ids - memory.paths.keys()
     again = missing and (missing - memory.unfound or time.monotonic() >= memory.search_due)
     paths = read_container_cgroups(roots, tree) if tree and again else memory.paths
-    now = time.monotonic()
-    return CgroupsMemory(
-        tree, {id: path for id, path in paths.items() if id in ids},
-        {path: known for path, known in memory.limits.items() if now < known.due + LIMITS_SECONDS},
-        frozenset(missing - paths.keys()), now + SEARCH_AGAIN_SECONDS if again else memory.search_due)
-
-
-def read_pids(roots: Roots, tree: CgroupTree, path: str) -> List[str]:
-    directory = tree.directories['' if tree.version == 2 else 'memory']
-    return (read_text(roots.sysfs, f'{directory}/{path}/cgroup.procs') or '').split()
+    return memory._replace(
+        tree=tree, paths={id: path for id, path in paths.items() if id in ids}, unfound=frozenset(missing - paths.keys()),
+        search_due=time.monotonic() + SEARCH_AGAIN_SECONDS if again else memory.search_due)
 
 
 def build_pod_interface(name: str, counters: NetDev) -> wire.PodInterface:
     return wire.PodInterface(name=name, counters=build_interface_counters(counters))
 
 
-def collect_pod_network(roots: Roots, tree: CgroupTree, paths: Iterable[str]) -> Tuple[Optional[bool], List[wire.PodInterface]]:
-    """Whether a pod is in the node's network, and if not its interfaces, as any of its processes sees them.
+def build_pod_network(pid: str, host: bool, text: Optional[bytes]) -> PodNetwork:
+    """The interfaces but lo, none of a pod in the node's network."""
+    counters = {} if host else parse_net_dev(text.decode(errors='replace'))
+    interfaces = [build_pod_interface(*item) for item in counters.items() if item[0] != 'lo']
+    return PodNetwork(pid, host, text, wire.PodMetrics(host_network=host, network_interfaces=interfaces).SerializeToString())
 
-    A pid is taken from its group anew each time: one that is remembered may be another process by now.
+
+def collect_pod_network(roots: Roots, tree: CgroupTree, paths: Iterable[str], known: Optional[PodNetwork]) -> Optional[PodNetwork]:
+    """By any process of these groups that has a network; a zombie has none.
+
+    A pid is taken from its group each time that the pod has run: one that is remembered may be another process by now.
     """
-    for pid in (pid for path in paths for pid in read_pids(roots, tree, path)[:1]):
-        text = read_text(roots.procfs, f'{pid}/net/dev')
-        if not text:
-            continue
-        if same_network(roots.procfs, pid, roots.procfs, '1'):
-            return True, []
-        return False, [build_pod_interface(name, counters) for name, counters in parse_net_dev(text).items() if name != 'lo']
-    return None, []
+    for pid in filter(None, (read_first_pid(roots, tree, path) for path in paths)):
+        network = read_pod_network(roots, pid, known)
+        if network:
+            return network
+    return None
 
 
-def collect_cgroups(roots: Roots, memory: CgroupsMemory, ids: Iterable[str],
-                    ) -> Tuple[Dict[str, CgroupSample], CgroupsMemory, Optional[str]]:
-    """The groups of these containers, by id, and what went wrong. One that is gone is looked for again next cycle."""
-    cgroups, paths, failure = {}, dict(memory.paths), None
-    for id in (id for id in ids if id in memory.paths):
-        path = memory.paths[id]
-        try:
-            cgroup, memory.limits[path] = collect_cgroup(roots, memory.tree, path, memory.limits.get(path))
-        except (ValueError, OSError) as error:
-            failure = f'{path}: {error}'
-            continue
-        if cgroup:
-            cgroups[id] = CgroupSample(cgroup, time.monotonic_ns())
-        else:
-            del paths[id]
-    return cgroups, memory._replace(paths=paths), failure
+def read_pod_network(roots: Roots, pid: str, known: Optional[PodNetwork]) -> Optional[PodNetwork]:
+    """The network of a process; None where it has none."""
+    same = known is not None and known.pid == pid
+    if same and known.host:
+        return known
+    text = read_bytes(roots.procfs, f'{pid}/net/dev')
+    if same and text == known.text:
+        return known
+    if not text:
+        return None
+    host = not same and same_network(roots.procfs, pid, roots.procfs, '1')
+    return build_pod_network(pid, host, None if host else text)
 
 
-def collect_pod_view(roots: Roots, memory: CgroupsMemory, uid: str, ids: Sequence[str]) -> PodView:
-    """A pod, by the ids of its sandbox and its containers; remembers the limits of its group."""
+def take_reading(roots: Roots, tree: CgroupTree, path: str, last: Optional[CgroupReading]) -> Optional[CgroupReading]:
+    """A group, by its reading of the last cycle; None where it is gone."""
+    cgroup = collect_cgroup(roots, tree, path, last.cgroup if last else None)
+    return CgroupReading(cgroup, time.time_ns(), time.monotonic_ns()) if cgroup else None
+
+
+def is_at_rest(view: PodView, last: PodView) -> bool:
+    """Whether a pod's group, which has the groups of its containers in it, says what it said: then so do they."""
+    return bool(view.reading and last.reading) and view.reading.cgroup is last.reading.cgroup
+
+
+def collect_pod_view(roots: Roots, memory: CgroupsMemory, uid: str, ids: Sequence[str], last: PodView) -> PodView:
+    """A pod, by the ids of its sandbox and its containers, and what was known of it in the last cycle."""
     paths = [memory.paths[id] for id in ids if id in memory.paths]
     if memory.tree is None or not paths:
         return PodView()
+    view = last._replace(reading=take_reading(roots, memory.tree, last.path, last.reading)) if last.path else find_pod_group(
+        roots, memory.tree, paths, uid)
+    network = last.network and is_at_rest(view, last) and read_pod_network(roots, last.network.pid, last.network)
+    return view._replace(network=network or collect_pod_network(roots, memory.tree, paths, last.network))
+
+
+def find_pod_group(roots: Roots, tree: CgroupTree, paths: Iterable[str], uid: str) -> PodView:
     path = next(filter(None, (pod_cgroup_path(path, uid) for path in paths)), None)
-    host_network, interfaces = collect_pod_network(roots, memory.tree, paths)
-    if path is None:
-        return PodView(None, None, host_network, interfaces)
-    cgroup, memory.limits[path] = collect_cgroup(roots, memory.tree, path, memory.limits.get(path))
-    return PodView(cgroup, qos_class(path), host_network, interfaces)
+    quality = wire.PodMetrics(qos_class=qos_class(path)).SerializeToString()
+    return PodView(path, quality, take_reading(roots, tree, path, None) if path else None)
+
+
+def collect_container_groups(roots: Roots, memory: CgroupsMemory, ids: Iterable[str], view: PodView, last: PodView,
+                             ) -> Tuple[Dict[str, Optional[CgroupReading]], Optional[str]]:
+    """The groups of these containers of one pod, None for one that is gone; and what went wrong."""
+    readings, failure = {}, None
+    for id in (id for id in ids if id in memory.paths):
+        known = memory.readings.get(id)
+        if known and is_at_rest(view, last):
+            readings[id] = CgroupReading(known.cgroup, view.reading.timestamp_ns, view.reading.clock_ns)
+            continue
+        try:
+            readings[id] = take_reading(roots, memory.tree, memory.paths[id], known)
+        except (ValueError, OSError) as error:
+            failure = f'{memory.paths[id]}: {error}'
+    return readings, failure
 
 
 # --- pods and containers
@@ -2219,8 +2529,32 @@ class StatsMemory(NamedTuple):
     not_before: float = 0
 
 
-# By container: the state in which the runtime was asked for its status, and what it said, if it did.
-Statuses = Dict[str, Tuple[int, Optional[wire.ContainerStatus]]]
+class KnownStatus(NamedTuple):
+    """The state of a container in which the runtime was asked for its status, what it said, if it did, and the field of
+    ContainerMetrics that this makes."""
+    state: int
+    status: Optional[wire.ContainerStatus]
+    serialized: bytes
+
+
+class ListedPod(NamedTuple):
+    """A sandbox as the runtime lists it, and the fields of PodMetrics that this makes."""
+    id: str
+    uid: str
+    namespace: str
+    name: str
+    created_at: int
+    state: int
+    serialized: bytes
+
+
+class ListedContainer(NamedTuple):
+    """A container as the runtime lists it, and the fields of ContainerMetrics that this makes."""
+    id: str
+    pod_sandbox_id: str
+    created_at: int
+    state: int
+    serialized: bytes
 
 
 class Health(NamedTuple):
@@ -2228,7 +2562,8 @@ class Health(NamedTuple):
     conditions: Dict[str, bool] = {}
     conditions_due: float = 0
     image_file_systems: Sequence[cri.FilesystemUsage] = ()
-    layers: Dict[str, cri.FilesystemUsage] = {}
+    # The writable layers, by container id: the field of ContainerMetrics, serialised.
+    layers: Dict[str, bytes] = {}
     sizes_due: float = 0
 
 
@@ -2241,24 +2576,28 @@ class PodsMemory(NamedTuple):
     health: Health = Health()
     cpu_usage: Dict[str, CpuUsage] = {}
     cgroups: CgroupsMemory = CgroupsMemory()
-    statuses: Statuses = {}
+    statuses: Dict[str, KnownStatus] = {}
+    # By what the runtime said of them, byte for byte.
+    pods: Dict[bytes, ListedPod] = {}
+    containers: Dict[bytes, ListedContainer] = {}
 
 
 class Inventory(NamedTuple):
-    """What a cycle has found out: from the runtime, and by container id from the cgroups."""
-    sandboxes: Sequence[cri.PodSandbox]
-    containers: Sequence[cri.Container]
+    """What a cycle has found out: from the runtime, and by container and sandbox id from the cgroups."""
+    pods: Sequence[ListedPod]
+    containers: Sequence[ListedContainer]
     stats: Dict[str, cri.ContainerStats]
-    cgroups: Dict[str, CgroupSample]
+    readings: Dict[str, CgroupReading]
     views: Dict[str, PodView]
-    layers: Dict[str, cri.FilesystemUsage]
-    statuses: Statuses
+    layers: Dict[str, bytes]
+    statuses: Dict[str, KnownStatus]
 
 
-def cpu_usage(sample: Optional[CgroupSample], stats: cri.ContainerStats) -> Optional[CpuUsage]:
+def cpu_usage(reading: Optional[CgroupReading], stats: cri.ContainerStats) -> Optional[CpuUsage]:
     """The container's CPU time, from its group or else from the runtime."""
-    if sample and sample.cgroup.cpu.HasField('usage_usec') and sample.cgroup.cpu.usage_usec < MAX_USEC:
-        return CpuUsage('cgroup', sample.clock_ns, sample.cgroup.cpu.usage_usec * 1000)
+    usage_usec = reading.cgroup.usage_usec if reading else None
+    if usage_usec is not None and usage_usec < MAX_USEC:
+        return CpuUsage('cgroup', reading.clock_ns, usage_usec * 1000)
     if stats.cpu.HasField('usage_core_nano_seconds'):
         return CpuUsage('cri', stats.cpu.timestamp, stats.cpu.usage_core_nano_seconds.value)
     return None
@@ -2281,62 +2620,38 @@ def enum_name(enum: Any, number: int) -> str:
     return enum.Name(number) if number in enum.values() else str(number)
 
 
-def build_uint64(message: Any, field: str) -> Optional[UInt64Value]:
-    """A scalar of ours as a wrapper; None where it is absent."""
-    return UInt64Value(value=getattr(message, field)) if message.HasField(field) else None
+def rewrapped_field(message: Any, field: str) -> Wrapped:
+    """CRI's own wrapper as the well-known one."""
+    return {'value': getattr(message, field).value} if message.HasField(field) else None
 
 
-def build_uint64_value(message: Any, field: str) -> Optional[UInt64Value]:
-    """CRI's own wrapper as the well-known one; None where the runtime left it out."""
-    return UInt64Value(value=getattr(message, field).value) if message.HasField(field) else None
-
-
-def build_cpu_metrics(timestamp_ns: int, usage: CpuUsage, rate: Optional[int]) -> wire.CpuMetrics:
-    return wire.CpuMetrics(
-        timestamp=timestamp_ns, usage_nano_cores=None if rate is None else UInt64Value(value=rate),
-        usage_core_nano_seconds=UInt64Value(value=usage.usage_ns))
+def fill_cpu_metrics(cpu: wire.CpuMetrics, timestamp_ns: int, usage: CpuUsage, rate: Optional[int]) -> None:
+    cpu.timestamp, cpu.usage_core_nano_seconds.value = timestamp_ns, usage.usage_ns
+    if rate is not None:
+        cpu.usage_nano_cores.value = rate
 
 
 def build_memory_metrics(memory: cri.MemoryUsage) -> wire.MemoryMetrics:
     return wire.MemoryMetrics(
         timestamp=memory.timestamp,
-        working_set_bytes=build_uint64_value(memory, 'working_set_bytes'),
-        available_bytes=build_uint64_value(memory, 'available_bytes'),
-        usage_bytes=build_uint64_value(memory, 'usage_bytes'),
-        rss_bytes=build_uint64_value(memory, 'rss_bytes'),
-        page_faults=build_uint64_value(memory, 'page_faults'),
-        major_page_faults=build_uint64_value(memory, 'major_page_faults'))
-
-
-def build_cgroup_memory_metrics(timestamp_ns: int, memory: wire.CgroupMemory) -> wire.MemoryMetrics:
-    """What the runtimes make of the same files: the working set is all but the file pages that nobody has used lately."""
-    known = memory.HasField('inactive_file_bytes')
-    working_set = max(0, memory.current_bytes - memory.inactive_file_bytes)
-    available = max(0, memory.max_bytes - working_set)
-    return wire.MemoryMetrics(
-        timestamp=timestamp_ns, working_set_bytes=UInt64Value(value=working_set) if known else None,
-        available_bytes=UInt64Value(value=available) if known and memory.HasField('max_bytes') else None,
-        usage_bytes=UInt64Value(value=memory.current_bytes), rss_bytes=build_uint64(memory, 'anon_bytes'),
-        page_faults=build_uint64(memory, 'pgfault'), major_page_faults=build_uint64(memory, 'pgmajfault'))
+        working_set_bytes=rewrapped_field(memory, 'working_set_bytes'),
+        available_bytes=rewrapped_field(memory, 'available_bytes'),
+        usage_bytes=rewrapped_field(memory, 'usage_bytes'),
+        rss_bytes=rewrapped_field(memory, 'rss_bytes'),
+        page_faults=rewrapped_field(memory, 'page_faults'),
+        major_page_faults=rewrapped_field(memory, 'major_page_faults'))
 
 
 def build_file_system_metrics(layer: cri.FilesystemUsage) -> wire.FileSystemMetrics:
     return wire.FileSystemMetrics(
         timestamp=layer.timestamp, mountpoint=layer.fs_id.mountpoint,
-        used_bytes=build_uint64_value(layer, 'used_bytes'), inodes_used=build_uint64_value(layer, 'inodes_used'))
+        used_bytes=rewrapped_field(layer, 'used_bytes'), inodes_used=rewrapped_field(layer, 'inodes_used'))
 
 
 def build_swap_metrics(swap: cri.SwapUsage) -> wire.SwapMetrics:
     return wire.SwapMetrics(
-        timestamp=swap.timestamp, available_bytes=build_uint64_value(swap, 'swap_available_bytes'),
-        usage_bytes=build_uint64_value(swap, 'swap_usage_bytes'))
-
-
-def build_cgroup_swap_metrics(timestamp_ns: int, memory: wire.CgroupMemory) -> wire.SwapMetrics:
-    available = max(0, memory.swap_max_bytes - memory.swap_current_bytes) if memory.HasField('swap_max_bytes') else None
-    return wire.SwapMetrics(
-        timestamp=timestamp_ns, available_bytes=None if available is None else UInt64Value(value=available),
-        usage_bytes=UInt64Value(value=memory.swap_current_bytes))
+        timestamp=swap.timestamp, available_bytes=rewrapped_field(swap, 'swap_available_bytes'),
+        usage_bytes=rewrapped_field(swap, 'swap_usage_bytes'))
 
 
 def build_status(status: cri.ContainerStatus) -> wire.ContainerStatus:
@@ -2351,80 +2666,99 @@ def restart_count(annotations: Mapping[str, str]) -> Optional[int]:
     return int(text) if re.fullmatch('[0-9]{1,9}', text) else None
 
 
-def build_identity(container: cri.Container, inventory: Inventory) -> wire.ContainerMetrics:
-    """All of a container but what it uses."""
-    layer = inventory.layers.get(container.id)
-    status = inventory.statuses.get(container.id)
-    return wire.ContainerMetrics(
+def build_listed_pod(sandbox: cri.PodSandbox) -> ListedPod:
+    metadata = sandbox.metadata
+    message = wire.PodMetrics(
+        id=sandbox.id, uid=metadata.uid, name=metadata.name, namespace=metadata.namespace, created_at=sandbox.created_at,
+        state=enum_name(cri.PodSandboxState, sandbox.state), attempt=metadata.attempt, labels=dict(sandbox.labels),
+        runtime_handler=sandbox.runtime_handler or None)
+    return ListedPod(sandbox.id, metadata.uid, metadata.namespace, metadata.name, sandbox.created_at, sandbox.state,
+                     message.SerializeToString())
+
+
+def build_listed_container(container: cri.Container) -> ListedContainer:
+    message = wire.ContainerMetrics(
         id=container.id, name=container.metadata.name,
         image=container.image.user_specified_image or container.image.image,
         created_at=container.created_at, state=enum_name(cri.ContainerState, container.state),
-        attempt=container.metadata.attempt, file_system_metrics=build_file_system_metrics(layer) if layer else None,
-        restart_count=restart_count(container.annotations), status=status[1] if status else None,
+        attempt=container.metadata.attempt, restart_count=restart_count(container.annotations),
         labels=dict(container.labels), image_ref=container.image_ref or None)
+    return ListedContainer(container.id, container.pod_sandbox_id, container.created_at, container.state,
+                           message.SerializeToString())
 
 
-def build_use_from_cgroup(cgroup: wire.CgroupMetrics, usage: Optional[CpuUsage], rate: Optional[int]) -> wire.ContainerMetrics:
-    when, memory = cgroup.timestamp_ns, cgroup.memory
-    return wire.ContainerMetrics(
-        cpu_metrics=build_cpu_metrics(when, usage, rate) if usage else None,
-        memory_metrics=build_cgroup_memory_metrics(when, memory) if memory.HasField('current_bytes') else None,
-        swap_metrics=build_cgroup_swap_metrics(when, memory) if memory.HasField('swap_current_bytes') else None,
-        stats_source='cgroup', cgroup=cgroup)
+def serialize_cgroup(reading: CgroupReading) -> bytes:
+    return reading.cgroup.serialized + wire.CgroupMetrics(timestamp_ns=reading.timestamp_ns).SerializeToString()
 
 
-def build_use_from_cri(stats: cri.ContainerStats, usage: Optional[CpuUsage], rate: Optional[int]) -> wire.ContainerMetrics:
+def build_use_from_cgroup(reading: CgroupReading, usage: Optional[CpuUsage], rate: Optional[int]) -> wire.SerializedContainer:
+    """A copy to which the moment is added: a fifth of the time that building it takes."""
+    use = wire.SerializedContainer()
+    use.CopyFrom(reading.cgroup.container)
+    for part in ('memory_metrics', 'swap_metrics'):
+        if use.HasField(part):
+            getattr(use, part).timestamp = reading.timestamp_ns
+    if usage:
+        fill_cpu_metrics(use.cpu_metrics, reading.timestamp_ns, usage, rate)
+    use.cgroup = serialize_cgroup(reading)
+    return use
+
+
+def build_use_from_cri(stats: cri.ContainerStats, usage: Optional[CpuUsage], rate: Optional[int]) -> wire.SerializedContainer:
     known = usage or stats.HasField('memory') or stats.HasField('swap')
-    return wire.ContainerMetrics(
-        cpu_metrics=build_cpu_metrics(stats.cpu.timestamp, usage, rate) if usage else None,
+    use = wire.SerializedContainer(
         memory_metrics=build_memory_metrics(stats.memory) if stats.HasField('memory') else None,
         swap_metrics=build_swap_metrics(stats.swap) if stats.HasField('swap') else None,
         stats_source='cri' if known else None)
+    if usage:
+        fill_cpu_metrics(use.cpu_metrics, stats.cpu.timestamp, usage, rate)
+    return use
 
 
-def build_container(container: cri.Container, inventory: Inventory, earlier: Optional[CpuUsage],
-                    ) -> Tuple[wire.ContainerMetrics, Optional[CpuUsage]]:
+def serialize_container(container: ListedContainer, inventory: Inventory, earlier: Optional[CpuUsage],
+                        ) -> Tuple[bytes, Optional[CpuUsage]]:
     """One container, and its CPU time for the next cycle. A counter that goes backwards, as in a container being torn
     down, is not sent, but is what the next is held against."""
-    cgroup, stats = inventory.cgroups.get(container.id), inventory.stats.get(container.id, NO_STATS)
-    sample = usage = cpu_usage(cgroup, stats)
+    reading, stats = inventory.readings.get(container.id), inventory.stats.get(container.id, NO_STATS)
+    sample = usage = cpu_usage(reading, stats)
     if usage and earlier and usage.usage_ns < earlier.usage_ns:
         usage = None
     rate = (nano_cores(earlier, usage) if earlier else runtime_nano_cores(stats)) if usage else None
-    message = build_identity(container, inventory)
-    message.MergeFrom(build_use_from_cgroup(cgroup.cgroup, usage, rate) if cgroup else build_use_from_cri(stats, usage, rate))
-    return message, sample or earlier
+    use = build_use_from_cgroup(reading, usage, rate) if reading else build_use_from_cri(stats, usage, rate)
+    status = inventory.statuses.get(container.id)
+    return b''.join((container.serialized, use.SerializeToString(), inventory.layers.get(container.id, b''),
+                     status.serialized if status else b'')), sample or earlier
 
 
-def build_pod(sandbox: cri.PodSandbox, containers: List[wire.ContainerMetrics], view: PodView) -> wire.PodMetrics:
-    return wire.PodMetrics(
-        id=sandbox.id, uid=sandbox.metadata.uid, name=sandbox.metadata.name, namespace=sandbox.metadata.namespace,
-        created_at=sandbox.created_at, state=enum_name(cri.PodSandboxState, sandbox.state),
-        attempt=sandbox.metadata.attempt, container_metrics=containers, labels=dict(sandbox.labels),
-        qos_class=view.qos_class, host_network=view.host_network, network_interfaces=view.interfaces, cgroup=view.cgroup,
-        runtime_handler=sandbox.runtime_handler or None)
+def serialize_pod(pod: ListedPod, containers: List[bytes], view: PodView) -> bytes:
+    parts = wire.SerializedPod(container_metrics=containers, cgroup=serialize_cgroup(view.reading) if view.reading else None)
+    return b''.join((pod.serialized, parts.SerializeToString(), view.quality, view.network.serialized if view.network else b''))
 
 
-def build_pods(inventory: Inventory, before: Dict[str, CpuUsage]) -> Tuple[List[wire.PodMetrics], Dict[str, CpuUsage]]:
+def serialize_pods(inventory: Inventory, before: Dict[str, CpuUsage]) -> Tuple[List[bytes], Dict[str, CpuUsage]]:
     """Every READY sandbox with all its containers, in an order of our own (the runtime's changes from call to call);
     and the CPU samples for the next cycle, those of containers without statistics in this one included."""
     after, by_sandbox = {}, collections.defaultdict(list)
     for container in sorted(inventory.containers, key=lambda container: (container.created_at, container.id)):
-        message, sample = build_container(container, inventory, before.get(container.id))
+        message, sample = serialize_container(container, inventory, before.get(container.id))
         by_sandbox[container.pod_sandbox_id].append(message)
         if sample:
             after[container.id] = sample
-    ready = [sandbox for sandbox in inventory.sandboxes if sandbox.state == cri.SANDBOX_READY]
-    ready.sort(key=lambda sandbox: (sandbox.metadata.namespace, sandbox.metadata.name, sandbox.created_at))
-    return [build_pod(sandbox, by_sandbox[sandbox.id], inventory.views.get(sandbox.id, PodView())) for sandbox in ready], after
+    ready = sorted((pod for pod in inventory.pods if pod.state == cri.SANDBOX_READY),
+                   key=lambda pod: (pod.namespace, pod.name, pod.created_at))
+    return [serialize_pod(pod, by_sandbox[pod.id], inventory.views.get(pod.id, PodView())) for pod in ready], after
+
+
+def count_states(enum: Any, listed: Iterable[Any]) -> Dict[str, int]:
+    return {enum_name(enum, state): count for state, count in collections.Counter(item.state for item in listed).items()}
 
 
 def build_runtime_metrics(runtime: Runtime, health: Health, inventory: Inventory) -> wire.RuntimeMetrics:
     return wire.RuntimeMetrics(
         name=runtime.name, version=runtime.version, socket=runtime.socket, service=runtime.service,
         conditions=health.conditions,
-        sandboxes=collections.Counter(enum_name(cri.PodSandboxState, sandbox.state) for sandbox in inventory.sandboxes),
-        containers=collections.Counter(enum_name(cri.ContainerState, container.state) for container in inventory.containers),
+        sandboxes=count_states(cri.PodSandboxState, inventory.pods),
+        containers=count_states(cri.ContainerState, inventory.containers),
         image_file_systems=[build_file_system_metrics(usage) for usage in health.image_file_systems])
 
 
@@ -2511,92 +2845,90 @@ def may_change(status: Optional[wire.ContainerStatus]) -> bool:
     return killed and time.time_ns() - status.finished_at_ns < LATE_REASON_SECONDS * 10**9
 
 
-def fetch_statuses(runtime: Runtime, containers: Sequence[cri.Container], known: Statuses, again: bool, deadline: float,
-                   tallies: Dict[str, CallTally]) -> Tuple[Statuses, Optional[str]]:
+def fetch_statuses(runtime: Runtime, containers: Sequence[ListedContainer], known: Dict[str, KnownStatus], again: bool,
+                   deadline: float, tallies: Dict[str, CallTally]) -> Tuple[Dict[str, KnownStatus], Optional[str]]:
     """The status of each container in its present state, asked once, for some containers a cycle, all at once; `again`,
     now and then, where it may change. And why there is no answer; without one, what was known of this state stays."""
     statuses = {container.id: known[container.id] for container in containers if container.id in known}
-    failure, unasked = None, (None, None)
-    stale = [container for container in containers if statuses.get(container.id, unasked)[0] != container.state
-             or again and may_change(statuses[container.id][1])]
+    failure, unasked = None, KnownStatus(-1, None, b'')
+    stale = [container for container in containers if statuses.get(container.id, unasked).state != container.state
+             or again and may_change(statuses[container.id].status)]
     calls = [(container, start_call(runtime.channel, runtime.service, 'ContainerStatus', seconds_until(deadline),
                                     cri.ContainerStatusRequest(container_id=container.id).SerializeToString()))
              for container in stale[:STATUSES_PER_CYCLE]]
     for container, call in calls:
-        state, status = statuses.get(container.id, unasked)
-        statuses[container.id] = container.state, status if state == container.state else None
+        last = statuses.get(container.id, unasked)
+        statuses[container.id] = last if last.state == container.state else unasked._replace(state=container.state)
         try:
-            statuses[container.id] = container.state, build_status(fetch(call, tallies).status)
+            status = build_status(fetch(call, tallies).status)
+            serialized = wire.ContainerMetrics(status=status).SerializeToString()
+            statuses[container.id] = KnownStatus(container.state, status, serialized)
         except CriError as error:
             # A container that is gone by now is no trouble.
             failure = failure if error.code in (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.UNKNOWN) else str(error)
     return statuses, failure
 
 
-def view_pods(roots: Roots, cgroups: CgroupsMemory, sandboxes: Iterable[cri.PodSandbox],
-              containers: Iterable[cri.Container]) -> Tuple[Dict[str, PodView], Optional[str]]:
-    """What the kernel knows of the READY pods, by sandbox id; and what went wrong."""
-    views, failure, members = {}, None, collections.defaultdict(list)
+def running_ids(containers: Iterable[ListedContainer]) -> List[str]:
+    return [container.id for container in containers if container.state == cri.CONTAINER_RUNNING]
+
+
+def collect_kernel_side(roots: Roots, memory: CgroupsMemory, pods: Sequence[ListedPod], containers: Sequence[ListedContainer],
+                        ) -> Tuple[CgroupsMemory, Dict[str, Optional[str]]]:
+    """What the cgroups and network namespaces tell of the READY pods and the running containers; and what went wrong. A group
+    that is gone is looked for again next cycle."""
+    by_pod, views, readings, failures = collections.defaultdict(list), {}, {}, {}
     for container in containers:
-        members[container.pod_sandbox_id].append(container.id)
-    for sandbox in sandboxes:
-        if sandbox.state == cri.SANDBOX_READY:
+        by_pod[container.pod_sandbox_id].append(container)
+    ready = {pod.id: pod for pod in pods if pod.state == cri.SANDBOX_READY}
+    memory = find_cgroups(roots, memory, {*ready, *running_ids(containers)})
+    for pod_id in {**ready, **by_pod}:
+        view, last = PodView(), memory.views.get(pod_id, PodView())
+        if pod_id in ready:
+            pod = ready[pod_id]
             try:
-                views[sandbox.id] = collect_pod_view(roots, cgroups, sandbox.metadata.uid, [sandbox.id, *members[sandbox.id]])
+                ids = [pod_id, *(container.id for container in by_pod[pod_id])]
+                view = views[pod_id] = collect_pod_view(roots, memory, pod.uid, ids, last)
             except (ValueError, OSError) as error:
-                failure = f'{sandbox.metadata.namespace}/{sandbox.metadata.name}: {error}'
-    return views, failure
+                failures['pod cgroups'] = f'{pod.namespace}/{pod.name}: {error}'
+        of_pod, failure = collect_container_groups(roots, memory, running_ids(by_pod[pod_id]), view, last)
+        readings.update(of_pod)
+        if failure:
+            failures['cgroups'] = failure
+    gone = {id for id, reading in readings.items() if reading is None}
+    return memory._replace(
+        paths={id: path for id, path in memory.paths.items() if id not in gone}, views=views,
+        readings={id: reading for id, reading in readings.items() if reading}), failures
 
 
-class KernelSide(NamedTuple):
-    """What the cgroups and network namespaces tell of the runtime's containers, and of its pods by sandbox id."""
-    cgroups: Dict[str, CgroupSample]
-    views: Dict[str, PodView]
-    memory: CgroupsMemory
-    failures: Dict[str, Optional[str]]
-
-
-def collect_kernel_side(roots: Roots, memory: CgroupsMemory, sandboxes: Sequence[cri.PodSandbox],
-                        containers: Sequence[cri.Container], running: Sequence[str]) -> KernelSide:
-    ready = {sandbox.id for sandbox in sandboxes if sandbox.state == cri.SANDBOX_READY}
-    memory = find_cgroups(roots, memory, ready.union(running))
-    cgroups, memory, trouble = collect_cgroups(roots, memory, running)
-    views, pod_trouble = view_pods(roots, memory, sandboxes, containers)
-    failures = {'cgroups': trouble, 'pod cgroups': pod_trouble}
-    return KernelSide(cgroups, views, memory, failures)
-
-
-def keep_layers(known: Dict[str, cri.FilesystemUsage], containers: Iterable[cri.Container],
-                stats: Iterable[cri.ContainerStats]) -> Dict[str, cri.FilesystemUsage]:
+def keep_layers(known: Dict[str, bytes], containers: Iterable[ListedContainer],
+                stats: Iterable[cri.ContainerStats]) -> Dict[str, bytes]:
     """The writable layers, by container id, as they were measured last. Timestamp 0: not yet (containerd's first 10 s)."""
-    measured = {entry.attributes.id: entry.writable_layer for entry in stats if entry.writable_layer.timestamp}
+    measured = {entry.attributes.id: wire.ContainerMetrics(
+        file_system_metrics=build_file_system_metrics(entry.writable_layer)).SerializeToString()
+        for entry in stats if entry.writable_layer.timestamp}
     return {container.id: layer for container in containers
             for layer in (measured.get(container.id) or known.get(container.id),) if layer}
 
 
 def collect_inventory(roots: Roots, options: argparse.Namespace, memory: PodsMemory, deadline: float,
                       tallies: Dict[str, CallTally]) -> Tuple[Inventory, PodsMemory, Dict[str, str]]:
-    """What the runtime and the cgroups tell. The runtime is asked for statistics only where no cgroup has them, and now
-    and then for the sizes of writable layers, which nobody else knows. CriError: it does not answer."""
-    runtime, health = memory.runtime, memory.health
-    sandboxes = fetch_now(runtime, 'ListPodSandbox', deadline, tallies).items
-    containers = fetch_now(runtime, 'ListContainers', deadline, tallies).containers
-    running = [container.id for container in containers if container.state == cri.CONTAINER_RUNNING]
-    kernel = KernelSide({}, {}, memory.cgroups, {})
+    """What the cgroups and the runtime tell of what it lists. The runtime is asked for statistics only where no cgroup has
+    them, and now and then for the sizes of writable layers, which nobody else knows."""
+    runtime, health, failures = memory.runtime, memory.health, {}
+    pods, containers, cgroups = [*memory.pods.values()], [*memory.containers.values()], memory.cgroups
     if options.container_stats == 'cgroup':
-        kernel = collect_kernel_side(roots, memory.cgroups, sandboxes, containers, running)
-    stats, stats_memory, failure = (), memory.stats, None
-    if stats_memory.call or time.monotonic() >= health.sizes_due or kernel.cgroups.keys() != set(running):
-        stats, stats_memory, failure = fetch_stats(runtime, stats_memory, deadline, tallies)
+        cgroups, failures = collect_kernel_side(roots, cgroups, pods, containers)
+    stats, stats_memory = (), memory.stats
+    if stats_memory.call or time.monotonic() >= health.sizes_due or cgroups.readings.keys() != set(running_ids(containers)):
+        stats, stats_memory, failures['container statistics'] = fetch_stats(runtime, stats_memory, deadline, tallies)
     again = time.monotonic() >= health.conditions_due
-    statuses, status_failure = fetch_statuses(runtime, containers, memory.statuses, again, deadline, tallies)
+    statuses, failures['container status'] = fetch_statuses(runtime, containers, memory.statuses, again, deadline, tallies)
     health = health._replace(layers=keep_layers(health.layers, containers, stats))
-    health, health_failure = fetch_health(runtime, health, deadline, tallies, options.fs_stats_interval)
-    inventory = Inventory(sandboxes, containers, {entry.attributes.id: entry for entry in stats}, kernel.cgroups,
-                          kernel.views, health.layers, statuses)
-    memory = memory._replace(stats=stats_memory, health=health, cgroups=kernel.memory, statuses=statuses)
-    failures = {**kernel.failures, 'container statistics': failure, 'container status': status_failure,
-                'runtime health': health_failure}
+    health, failures['runtime health'] = fetch_health(runtime, health, deadline, tallies, options.fs_stats_interval)
+    inventory = Inventory(pods, containers, {entry.attributes.id: entry for entry in stats}, cgroups.readings, cgroups.views,
+                          health.layers, statuses)
+    memory = memory._replace(stats=stats_memory, health=health, cgroups=cgroups, statuses=statuses)
     return inventory, memory, {subject: text for subject, text in failures.items() if text}
 
 
@@ -2619,24 +2951,40 @@ def another_socket(roots: Roots, socket_path: Optional[str], runtime: Runtime) -
     return any(path != runtime.socket and read_socket_inode(path) for path in collect_endpoints(roots, socket_path))
 
 
-def collect_pods(roots: Roots, options: argparse.Namespace, memory: PodsMemory, deadline: float,
+def fetch_lists(roots: Roots, options: argparse.Namespace, memory: PodsMemory, deadline: float,
+                tallies: Dict[str, CallTally]) -> Tuple[PodsMemory, Optional[CriError]]:
+    """The runtime's pods and containers, each parsed only where it is listed otherwise than in the last cycle; or why there are
+    none before the deadline (an instant of the monotonic clock)."""
+    try:
+        memory = keep_runtime(roots, options.cri_socket, memory, deadline, tallies)
+        sandboxes = fetch_now(memory.runtime, 'ListPodSandbox', deadline, tallies).items
+        containers = fetch_now(memory.runtime, 'ListContainers', deadline, tallies).items
+        pods = {data: memory.pods.get(data) or build_listed_pod(cri.PodSandbox.FromString(data)) for data in sandboxes}
+        return memory._replace(pods=pods, containers={
+            data: memory.containers.get(data) or build_listed_container(cri.Container.FromString(data)) for data in containers}), None
+    except CriError as error:
+        return memory, error
+    except DecodeError as error:
+        return memory, CriError(f'ListPodSandbox, ListContainers: unintelligible: {error}')
+
+
+def collect_pods(roots: Roots, options: argparse.Namespace, memory: PodsMemory, error: Optional[CriError], deadline: float,
                  tallies: Dict[str, CallTally]) -> Part:
-    """The pods and the runtime's state, as far as it tells before the deadline (an instant of the monotonic clock).
+    """The pods and the runtime's state, from what `fetch_lists` gives.
 
     A runtime that is only late keeps its connection: each new one would wait in the socket of a stopped runtime.
     """
-    try:
-        memory = keep_runtime(roots, options.cri_socket, memory, deadline, tallies)
-        inventory, memory, failures = collect_inventory(roots, options, memory, deadline, tallies)
-        pods, usage = build_pods(inventory, memory.cpu_usage)
-    except CriError as error:
+    if error:
         late = error.code is grpc.StatusCode.DEADLINE_EXCEEDED
         return Part(([], None), memory if late else forget_runtime(memory), {'container runtime': str(error)})
-    except (ValueError, OSError) as error:
-        return Part(([], None), forget_runtime(memory), {'container runtime': f'unintelligible: {error}'})
+    try:
+        inventory, memory, failures = collect_inventory(roots, options, memory, deadline, tallies)
+        pods, usage = serialize_pods(inventory, memory.cpu_usage)
+    except (ValueError, OSError) as trouble:
+        return Part(([], None), forget_runtime(memory), {'container runtime': f'unintelligible: {trouble}'})
     runtime_metrics = build_runtime_metrics(memory.runtime, memory.health, inventory)
     memory = memory._replace(cpu_usage=usage)
-    if not inventory.sandboxes and another_socket(roots, options.cri_socket, memory.runtime):
+    if not inventory.pods and another_socket(roots, options.cri_socket, memory.runtime):
         memory = forget_runtime(memory)
     return Part((pods, runtime_metrics), memory, failures)
 
@@ -3289,6 +3637,8 @@ class Run:
         self.sequence = self.cycles = self.skipped_ticks = 0
         self.failures: Dict[str, int] = collections.Counter()
         self.collection_seconds: Optional[float] = None
+        self.open_files: Optional[int] = None
+        self.open_files_due = 0.0
         self.call_tallies: Dict[str, CallTally] = {}
 
 
@@ -3305,6 +3655,17 @@ def build_backlog_metrics(backlog: Backlog, now: float) -> wire.BacklogMetrics:
         seconds_since_acknowledgement=None if backlog.last_acknowledged is None else now - backlog.last_acknowledged)
 
 
+def count_open_files(run: Run, now: float) -> Optional[int]:
+    """The size of /proc/self/fd, since Linux 6.2. Before, they have to be listed, which takes 1 µs each: once a minute."""
+    with contextlib.suppress(OSError):
+        size = os.stat('/proc/self/fd').st_size
+        if size:
+            return size
+    if now >= run.open_files_due:
+        run.open_files, run.open_files_due = len(read_names('/proc', 'self/fd')) or None, now + LIMITS_SECONDS
+    return run.open_files
+
+
 def collect_agent(run: Run, backlog: Optional[Backlog], timestamp_ns: int) -> wire.AgentMetrics:
     """The agent's own processes and counters; always from its own /proc."""
     now, statm = time.monotonic(), read_bytes('/proc', 'self/statm')
@@ -3312,7 +3673,7 @@ def collect_agent(run: Run, backlog: Optional[Backlog], timestamp_ns: int) -> wi
         run_id=run.run_id, sequence=run.sequence, timestamp_ns=timestamp_ns, version=__version__,
         uptime_seconds=now - run.started, cpu_seconds_total=time.process_time(),
         resident_bytes=parse_statm(statm) * PAGE_SIZE_BYTES if statm else None,
-        threads=len(read_names('/proc', 'self/task')) or None, open_files=len(read_names('/proc', 'self/fd')) or None,
+        threads=len(read_names('/proc', 'self/task')) or None, open_files=count_open_files(run, now),
         cycles_total=run.cycles, skipped_ticks_total=run.skipped_ticks, collection_seconds=run.collection_seconds,
         failures_total=dict(run.failures),
         cri_methods=[build_cri_method_metrics(*item) for item in sorted(run.call_tallies.items())],
@@ -3334,30 +3695,33 @@ class Memory(NamedTuple):
     metrics: Optional[wire.Metrics] = None
 
 
-def build_metrics(timestamp: int, node: wire.NodeMetrics, runtime: Optional[wire.RuntimeMetrics],
-                  pods: List[wire.PodMetrics], agent: wire.AgentMetrics) -> wire.Metrics:
+def serialize_metrics(timestamp: int, node: wire.NodeMetrics, runtime: Optional[wire.RuntimeMetrics], pods: List[bytes],
+                      agent: wire.AgentMetrics) -> bytes:
     """The runtime's state is a part of the node's."""
     if runtime:
         node.container_runtime.CopyFrom(runtime)
-    return wire.Metrics(timestamp=timestamp, node_metrics=node, pod_metrics=pods, agent_metrics=agent)
+    return wire.SerializedMetrics(
+        timestamp=timestamp, node_metrics=node.SerializeToString(), pod_metrics=pods,
+        agent_metrics=agent.SerializeToString()).SerializeToString()
 
 
-def collect_snapshot(roots: Roots, options: argparse.Namespace, before: Memory, pods_thread: concurrent.futures.Executor,
+def collect_snapshot(roots: Roots, options: argparse.Namespace, before: Memory, runtime_thread: concurrent.futures.Executor,
                      run: Run, backlog: Optional[Backlog] = None) -> Part:
-    """One Metrics message: the runtime answers while the node is read."""
+    """One Metrics message, serialised: the runtime answers while the node is read."""
     timestamp_ns, began = time.time_ns(), time.monotonic()
     patience = min(CRI_LONGEST_SECONDS, options.main_loop_duration * CRI_SHARE_OF_CYCLE)
-    pods_later = pods_thread.submit(collect_pods, roots, options, before.pods, began + patience, run.call_tallies)
+    deadline = began + patience
+    lists = runtime_thread.submit(fetch_lists, roots, options, before.pods, deadline, run.call_tallies)
     node = collect_node(roots, before.node, options.top_n)
-    pods = pods_later.result()
+    pods = collect_pods(roots, options, *lists.result(), deadline, run.call_tallies)
     run.sequence += 1
     agent = collect_agent(run, backlog, timestamp_ns)
     failures = {**node.failures, **pods.failures}
     run.failures.update(failures.keys())
     run.cycles, run.collection_seconds = run.cycles + 1, time.monotonic() - began
     pod_metrics, runtime_metrics = pods.message
-    metrics = build_metrics(timestamp_ns // 10**9, node.message, runtime_metrics, pod_metrics, agent)
-    return Part(metrics, Memory(node.after, pods.after), failures)
+    data = serialize_metrics(timestamp_ns // 10**9, node.message, runtime_metrics, pod_metrics, agent)
+    return Part(data, Memory(node.after, pods.after), failures)
 
 
 def log_changes(before: Dict[str, str], now: Dict[str, str]) -> None:
@@ -4120,28 +4484,30 @@ class ListenError(Exception):
 
 
 class Published:
-    """The last snapshot, between the collecting thread and those that answer requests; rendered once, when asked for."""
+    """The last snapshot, serialised, between the collecting thread and those that answer requests; rendered once, when asked
+    for."""
 
     def __init__(self, interval: float):
         self.interval = interval
         self.lock = threading.Lock()
-        self.metrics: Optional[wire.Metrics] = None
+        self.data: Optional[bytes] = None
         self.taken = time.monotonic()
         self.rendered: Dict[bool, bytes] = {}
 
 
-def publish(published: Published, metrics: wire.Metrics) -> None:
+def publish(published: Published, data: bytes) -> None:
     with published.lock:
-        published.metrics, published.taken, published.rendered = metrics, time.monotonic(), {}
+        published.data, published.taken, published.rendered = data, time.monotonic(), {}
 
 
 def exposition(published: Published, openmetrics: bool) -> Optional[bytes]:
     """The text of the last snapshot, and its age now; None before there is one."""
     with published.lock:
-        if published.metrics is None:
+        if published.data is None:
             return None
         if openmetrics not in published.rendered:
-            published.rendered[openmetrics] = render_exposition(published.metrics, openmetrics).encode()
+            metrics = wire.Metrics.FromString(published.data)
+            published.rendered[openmetrics] = render_exposition(metrics, openmetrics).encode()
         age = Family('kubensage_snapshot_age_seconds', 'Time since the snapshot was taken.',
                      [((), time.monotonic() - published.taken)])
         end = '# EOF\n' if openmetrics else ''
@@ -4153,7 +4519,7 @@ def ill_health(published: Published) -> Optional[str]:
     age = time.monotonic() - published.taken
     if age > max(HEALTHY_SECONDS, HEALTHY_INTERVALS * published.interval):
         return f'no snapshot for {age:.0f} s'
-    return None if published.metrics else 'no snapshot yet'
+    return None if published.data else 'no snapshot yet'
 
 
 def wants_openmetrics(accept: str) -> bool:
@@ -4173,7 +4539,7 @@ def http_answer(published: Published, path: str, accept: str) -> Tuple[int, str,
         trouble = ill_health(published)
         return (503, 'text/plain', f'{trouble}\n'.encode()) if trouble else (200, 'text/plain', b'ok\n')
     if path == '/':
-        node = html.escape(published.metrics.node_metrics.hostname if published.metrics else 'this node')
+        node = html.escape(wire.Metrics.FromString(published.data or b'').node_metrics.hostname or 'this node')
         return 200, 'text/html; charset=utf-8', INDEX.format(version=__version__, node=node).encode()
     return 404, 'text/plain', b'not here: /metrics, /healthz\n'
 
@@ -4840,12 +5206,13 @@ def notify_systemd(message: str) -> None:
             notify.sendto(message.encode(), '\0' + address[1:] if address[0] == '@' else address)
 
 
-def status_line(metrics: wire.Metrics, backlog: Optional[Backlog], failures: Dict[str, str]) -> str:
-    """One line for `systemctl status`."""
-    containers = sum(len(pod.container_metrics) for pod in metrics.pod_metrics)
+def status_line(data: bytes, backlog: Optional[Backlog], failures: Dict[str, str]) -> str:
+    """One line for `systemctl status`, about a serialised snapshot."""
+    pods = wire.SerializedMetrics.FromString(data).pod_metrics
+    containers = sum(len(wire.SerializedPod.FromString(pod).container_metrics) for pod in pods)
     waiting = f', {len(backlog.snapshots)} snapshots wait for the relay' if backlog else ''
     trouble = f'; in trouble: {", ".join(sorted(failures))}' if failures else ''
-    return printable(f'{len(metrics.pod_metrics)} pods, {containers} containers{waiting}{trouble}')
+    return printable(f'{len(pods)} pods, {containers} containers{waiting}{trouble}')
 
 
 def log_blind_spots() -> None:
@@ -4923,13 +5290,16 @@ def show(before: Optional[wire.Metrics], metrics: wire.Metrics, output: str) -> 
     sys.stdout.flush()
 
 
-def hand_over(before: Optional[wire.Metrics], metrics: wire.Metrics, outlets: Outlets) -> Dict[str, str]:
-    """To each outlet; gives what went wrong."""
+def hand_over(before: Optional[wire.Metrics], data: bytes, outlets: Outlets) -> Tuple[Optional[wire.Metrics], Dict[str, str]]:
+    """A serialised snapshot to each outlet; gives the one to compare the next with, where people look, and what went wrong."""
     failures: Dict[str, str] = {}
     if outlets.published:
-        publish(outlets.published, metrics)
+        publish(outlets.published, data)
     if outlets.backlog:
-        failures.update(add_snapshot(outlets.backlog, metrics.SerializeToString()))
+        failures.update(add_snapshot(outlets.backlog, data))
+    if not outlets.live and not outlets.output:
+        return None, failures
+    metrics = wire.Metrics.FromString(data)
     try:
         if outlets.live:
             outlets.live.before, outlets.live.metrics = before, metrics
@@ -4940,38 +5310,40 @@ def hand_over(before: Optional[wire.Metrics], metrics: wire.Metrics, outlets: Ou
         raise
     except OSError as error:
         failures['output'] = error.strerror
-    return failures
+    return metrics, failures
 
 
 def run_once(roots: Roots, options: argparse.Namespace) -> int:
     """Two samples, the second of which counts. 1 when a relay was named and has not acknowledged it."""
     run = Run()
-    with concurrent.futures.ThreadPoolExecutor(1) as pods_thread:
-        first = collect_snapshot(roots, options, Memory(), pods_thread, run)
+    with concurrent.futures.ThreadPoolExecutor(1) as runtime_thread:
+        first = collect_snapshot(roots, options, Memory(), runtime_thread, run)
         time.sleep(ONCE_PAUSE_SECONDS)
         run.sequence = 0
-        part = collect_snapshot(roots, options, first.after, pods_thread, run)
+        part = collect_snapshot(roots, options, first.after, runtime_thread, run)
     log_changes({}, part.failures)
     if options.output:
-        show(first.message, part.message, options.output)
+        show(wire.Metrics.FromString(first.message), wire.Metrics.FromString(part.message), options.output)
     if not options.relay_address:
         return 0
     backlog, relay = backlog_from(options), relay_from(options)
     # For the log file: cron would send a mail with it each time.
     log_exposure(relay, logging.INFO)
-    log_changes({}, add_snapshot(backlog, part.message.SerializeToString()))
+    log_changes({}, add_snapshot(backlog, part.message))
     left = close_backlog(backlog, start_delivery(backlog, relay), ONCE_DELIVERY_SECONDS)
     return 1 if left or backlog.dropped else 0
 
 
-def run_cycle(roots: Roots, options: argparse.Namespace, memory: Memory, pods_thread: concurrent.futures.Executor,
+def run_cycle(roots: Roots, options: argparse.Namespace, memory: Memory, runtime_thread: concurrent.futures.Executor,
               run: Run, outlets: Outlets) -> Tuple[Memory, Dict[str, str]]:
     """One snapshot, taken and handed over; what the next cycle needs, and what went wrong."""
-    part = collect_snapshot(roots, options, memory, pods_thread, run, outlets.backlog)
-    failures = {**part.failures, **hand_over(memory.metrics, part.message, outlets)}
-    status = status_line(part.message, outlets.backlog, failures)
-    notify_systemd(('READY=1\n' if run.cycles == 1 else '') + f'WATCHDOG=1\nSTATUS={status}')
-    return part.after._replace(metrics=part.message if outlets.live or outlets.output == 'table' else None), failures
+    part = collect_snapshot(roots, options, memory, runtime_thread, run, outlets.backlog)
+    metrics, output_failures = hand_over(memory.metrics, part.message, outlets)
+    failures = {**part.failures, **output_failures}
+    if os.environ.get('NOTIFY_SOCKET'):
+        status = status_line(part.message, outlets.backlog, failures)
+        notify_systemd(('READY=1\n' if run.cycles == 1 else '') + f'WATCHDOG=1\nSTATUS={status}')
+    return part.after._replace(metrics=metrics), failures
 
 
 def run_loop(roots: Roots, options: argparse.Namespace) -> int:
@@ -4980,10 +5352,10 @@ def run_loop(roots: Roots, options: argparse.Namespace) -> int:
     memory, troubles, late, tick, stopped = Memory(), {}, {}, time.monotonic(), False
     with contextlib.ExitStack() as closing:
         outlets = open_outlets(options, closing)
-        pods_thread = closing.enter_context(concurrent.futures.ThreadPoolExecutor(1, 'pods'))
+        runtime_thread = closing.enter_context(concurrent.futures.ThreadPoolExecutor(1, 'runtime'))
         while not stopped:
             try:
-                memory, failures = run_cycle(roots, options, memory, pods_thread, run, outlets)
+                memory, failures = run_cycle(roots, options, memory, runtime_thread, run, outlets)
                 log_changes(troubles, {**failures, **late})
                 troubles = {**failures, **late}
             except BrokenPipeError:
@@ -5012,6 +5384,15 @@ def print_service(options: argparse.Namespace, arguments: Sequence[str], roots: 
     return 0
 
 
+def settle_memory() -> None:
+    """What is there by now stays: the garbage collector need not look at it, and the system gets back the 11 MB that the
+    compiler has used and freed (malloc_trim(3), glibc's)."""
+    gc.collect()
+    gc.freeze()
+    with contextlib.suppress(AttributeError):
+        libc().malloc_trim(0)
+
+
 def main(arguments: Optional[Sequence[str]] = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse_options(arguments, os.environ, bool(sys.stdout and sys.stdout.isatty()))
@@ -5024,6 +5405,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         return print_service(options, arguments, roots)
     set_up_log(options)
     log_blind_spots()
+    allow_open_files()
+    settle_memory()
     try:
         return run_once(roots, options) if options.once else run_loop(roots, options)
     except ListenError as error:

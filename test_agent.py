@@ -29,6 +29,7 @@ import py_compile
 import queue
 import random
 import re
+import resource
 import select
 import shutil
 import signal
@@ -1411,22 +1412,22 @@ class MemoryTest(AgentTest):
 
 class PressureTest(AgentTest):
     def test_pressure(self):
-        counting = {'total': 4, 'avg10': 1.0, 'avg60': 2.0, 'avg300': 3.0}
+        counting = (1.0, 2.0, 3.0, 4)
         self.check_parse(agent.parse_pressure, {
-            'real': (PRESSURE_CPU, {
-                'some': {'avg10': 70.95, 'avg60': 69.15, 'avg300': 38.90, 'total': 169091998},
-                'full': {'avg10': 0.0, 'avg60': 0.0, 'avg300': 0.0, 'total': 0}}),
+            'real': (PRESSURE_CPU, {'some': (70.95, 69.15, 38.90, 169091998), 'full': (0.0, 0.0, 0.0, 0)}),
             'oldest: cpu without full': ('some avg10=1 avg60=2 avg300=3 total=4\n', {'some': counting}),
             'irq has full alone': ('full avg10=1 avg60=2 avg300=3 total=4\n', {'full': counting}),
-            'another order': ('some total=4 avg300=3 avg60=2 avg10=1\n', {'some': counting}),
+            'one more average, one more kind': ('some avg10=1 avg60=2 avg300=3 total=4 avg900=5\nall avg10=1 avg60=2 avg300=3 total=4\n',
+                                                {'some': counting, 'all': counting}),
             'empty': ('', {}),
         }, {
             'no equals sign': ('some avg10\n', "pressure: malformed line: 'some avg10'"),
             'not a number': ('some avg10=x avg60=2 avg300=3 total=4\n', "'some avg10=x avg60=2"),
             'total is a fraction': ('some avg10=1 avg60=2 avg300=3 total=4.5\n', 'total=4.5'),
             'total is missing': ('some avg10=1 avg60=2 avg300=3\n', "'some avg10=1 avg60=2 avg300=3'"),
+            'the second line': ('some avg10=1 avg60=2 avg300=3 total=4\nfull\n', "malformed line: 'full'"),
         })
-        self.assertIsInstance(agent.parse_pressure(PRESSURE_CPU)['some']['total'], int)
+        self.assertIsInstance(agent.parse_pressure(PRESSURE_CPU)['some'][3], int)
 
     def test_averages_and_total_are_in_their_fields(self):
         psi = agent.build_psi_metrics(agent.parse_pressure('some avg10=1 avg60=2 avg300=3 total=4\n'))
@@ -1911,7 +1912,12 @@ class NetworkTest(AgentTest):
         counters = wire.InterfaceCounters(
             rx_bytes=1, rx_packets=2, rx_errs=3, rx_drop=4, rx_fifo=5, rx_frame=6, rx_compressed=7, rx_multicast=8, tx_bytes=9,
             tx_packets=10, tx_errs=11, tx_drop=12, tx_fifo=13, tx_colls=14, tx_carrier=15, tx_compressed=16)
-        self.check_table(lambda name: agent.collect_interface(roots_below(root), name, columns, addresses), [
+
+        def collect(name):
+            link = agent.collect_link(roots_below(root), name, 0, None)
+            return agent.collect_interface(roots_below(root), name, columns, link, addresses.get(link.index, ()))
+
+        self.check_table(collect, [
             (('enp0s3',), wire.InterfaceStat(
                 index=2, mtu=1500, name='enp0s3', hardwareAddr='52:54:00:d1:3d:13', flags=['up', 'broadcast', 'multicast'],
                 addrs=['192.0.2.1/24', '2001:db8::1/64'], operstate='up', carrier=True, counters=counters)),
@@ -1923,7 +1929,8 @@ class NetworkTest(AgentTest):
     def test_link_that_is_down_has_no_speed(self):
         def link(**files):
             root = self.tree({f'sys/class/net/eth0/{name}': f'{text}\n' for name, text in files.items()})
-            found = agent.collect_link(roots_below(root), 'class/net/eth0', agent.NetDev(*[0] * 16))
+            link = agent.collect_link(roots_below(root), 'eth0', 0, None)
+            found = agent.collect_interface(roots_below(root), 'eth0', agent.NetDev(*[0] * 16), link, ())
             return [getattr(found, name) if found.HasField(name) else None for name in ('operstate', 'carrier', 'speed_mbits')]
         self.assertEqual(['up', True, 10000], link(operstate='up', carrier='1', speed='10000'))
         self.assertEqual(['down', False, None], link(operstate='down', carrier='0', speed='-1'))
@@ -1937,6 +1944,23 @@ class NetworkTest(AgentTest):
         counted = [link.name for link in fields['network_interfaces'] if link.HasField('counters')]
         self.assertEqual((list(nodes_own), len(pods_ends + nodes_own)), (counted, len(fields['network_interfaces'])))
         self.assertEqual(len(pods_ends + nodes_own), fields['net_usage'].total_packets_sent)
+
+    def test_pods_ends_are_read_again_when_they_count_anew_or_after_a_minute(self):
+        def collect(packets, mtu, before):
+            write_tree(root, {'proc/net/dev': ''.join(f'{name}: {f"{packets} " * 16}\n' for name in ('veth1', 'eth0')),
+                              'sys/class/net/veth1/mtu': mtu, 'sys/class/net/eth0/mtu': mtu})
+            fields, links = agent.collect_network(roots_below(root), before)
+            self.assertEqual(['veth1', 'eth0'], list(links))
+            return [link.mtu for link in fields['network_interfaces']], links
+
+        root = self.directory()
+        mtus, links = collect(7, '1500\n', None)
+        self.assertEqual([1500, 1500], mtus)
+        self.assertAlmostEqual(time.monotonic() + 60, links['veth1'].due, delta=5)
+        mtus, links = collect(8, '9000\n', links)
+        self.assertEqual([1500, 9000], mtus)
+        self.assertEqual([9000, 9000], collect(7, '9000\n', links)[0])
+        self.assertEqual([9000, 9000], collect(8, '9000\n', {'veth1': links['veth1']._replace(due=0)})[0])
 
     def test_counters_are_those_of_ip(self):
         def oracle():
@@ -2188,7 +2212,7 @@ class CgroupFilesTest(AgentTest):
 
     def test_number(self):
         self.check_parse(lambda text: agent.parse_number('pids.max', text), {
-            'real': ('4676\n', 4676), 'no limit': ('max\n', None), 'absent': (None, None), 'zero': ('0\n', 0),
+            'real': ('4676\n', 4676), 'no limit': ('max\n', None), 'zero': ('0\n', 0),
         }, {'a word': ('none\n', r"pids.max: malformed line: 'none\n'"), 'empty': ('', "pids.max: malformed line: ''")})
 
     def test_io_stat(self):
@@ -2212,13 +2236,21 @@ class CgroupFilesTest(AgentTest):
             'nothing was counted': ('Total 0\n', {}), 'empty': ('', {}),
         }, {'cut': ('8:0\n', "blkio: malformed line: '8:0'"), 'not a number': ('8:0 Read x\n', "'8:0 Read x'")})
 
+    def test_memory_stat(self):
+        names = ('anon', 'file', 'pgfault')
+        self.check_parse(lambda text: agent.parse_memory_stat(text, names), {
+            'all': ('anon 1\nfile 2\npgfault 3\n', {'anon': 1, 'file': 2, 'pgfault': 3}),
+            'another order': ('pgfault 3\nfile 2\nanon 1\n', {'anon': 1, 'file': 2, 'pgfault': 3}),
+            'names within names': ('inactive_anon 7\nanon_thp 8\nanon 1\nfile_dirty 9\n', {'anon': 1}),
+            'no line feed at the end': ('later 9\nfile 22', {'file': 22}), 'empty': ('', {}),
+        }, {'not a number': ('anon x\n', "memory.stat: malformed line: 'anon x'"), 'two numbers': ('file 1 2\n', "'file 1 2'"),
+            'something else': ('x\n', r"memory.stat: malformed: 'x\n'")})
+
     def collect(self, files, path='a/b'):
+        """The group, and its limits."""
         roots = roots_below(self.tree(files))
-        group, known = agent.collect_cgroup(roots, agent.read_cgroup_tree(roots), path, None)
-        if group:
-            self.assertTrue(abs(time.time_ns() - group.timestamp_ns) < 60 * 10 ** 9)
-            group.ClearField('timestamp_ns')
-        return group, known.limits
+        group = agent.collect_cgroup(roots, agent.read_cgroup_tree(roots), path, None)
+        return (wire.CgroupMetrics.FromString(group.serialized), group.limits) if group else (None, None)
 
     def test_v2_has_every_number_in_its_field(self):
         group, _ = self.collect({**V2, **below('sys/fs/cgroup/a/b', GROUP_V2)})
@@ -2228,7 +2260,7 @@ class CgroupFilesTest(AgentTest):
             io=[wire.CgroupIo(device='254:0', rbytes=629145600, wbytes=629145600, rios=688, wios=903),
                 wire.CgroupIo(device='8:16', rbytes=1, wbytes=2, rios=3, wios=4)],
             pids=wire.CgroupPids(current=31, max=32),
-            **{f'{name}_pressure': agent.build_psi_metrics({'some': {'total': number, 'avg10': 0, 'avg60': 0, 'avg300': 0}})
+            **{f'{name}_pressure': agent.build_psi_metrics({'some': (0, 0, 0, number)})
                for number, name in enumerate(('cpu', 'memory', 'io'), 33)}), group)
 
     def test_v1_has_the_same_numbers_in_the_same_fields(self):
@@ -2247,8 +2279,9 @@ class CgroupFilesTest(AgentTest):
         root = self.tree(group_v1('a/b'))
         for name in ('cpu', 'cpuacct'):
             os.symlink('cpu,cpuacct', f'{root}/sys/fs/cgroup/{name}')
-        group, _ = agent.collect_cgroup(roots_below(root), agent.read_cgroup_tree(roots_below(root)), 'a/b', None)
-        self.assertEqual((1, 5, 7), (group.cpu.usage_usec, group.cpu.nr_throttled, group.cpu.quota_usec))
+        group = agent.collect_cgroup(roots_below(root), agent.read_cgroup_tree(roots_below(root)), 'a/b', None)
+        cpu = wire.CgroupMetrics.FromString(group.serialized).cpu
+        self.assertEqual((1, 5, 7), (cpu.usage_usec, cpu.nr_throttled, cpu.quota_usec))
 
     def test_no_limit_is_absent(self):
         unlimited = dict.fromkeys(('memory.max', 'memory.high', 'memory.swap.max', 'pids.max'), 'max\n')
@@ -2276,15 +2309,78 @@ class CgroupFilesTest(AgentTest):
         self.assertIsNone(agent.read_cgroup_tree(roots_below(self.tree({'sys/fs/cgroup/unified/x': ''}))))
         self.assertIsNone(agent.read_cgroup_tree(roots_below(self.directory())))
 
+    def known_group(self, files=GROUP_V2, version=2):
+        """The root, the tree, and a group that was read once: `a`."""
+        self.root = self.tree({**V2, **below('sys/fs/cgroup/a', files)} if version == 2 else group_v1('a'))
+        roots = roots_below(self.root)
+        self.cgroups = agent.read_cgroup_tree(roots)
+        return roots, self.cgroups, agent.collect_cgroup(roots, self.cgroups, 'a', None)
+
     def test_limits_are_read_again_when_they_are_due(self):
-        root = self.tree({**V2, **below('sys/fs/cgroup/a', GROUP_V2)})
-        tree = agent.read_cgroup_tree(roots_below(root))
-        _, known = agent.collect_cgroup(roots_below(root), tree, 'a', None)
+        roots, tree, known = self.known_group()
         self.assertAlmostEqual(time.monotonic() + agent.LIMITS_SECONDS, known.due, delta=5)
-        write_tree(root, {'sys/fs/cgroup/a/memory.max': '99\n', 'sys/fs/cgroup/a/memory.current': '98\n'})
+        write_tree(self.root, {'sys/fs/cgroup/a/memory.max': '99\n', 'sys/fs/cgroup/a/memory.current': '98\n'})
         for due, expected in ((known.due, (98, 13)), (0, (98, 99))):
-            group, _ = agent.collect_cgroup(roots_below(root), tree, 'a', known._replace(due=due))
-            self.assertEqual(expected, (group.memory.current_bytes, group.memory.max_bytes))
+            memory = wire.CgroupMetrics.FromString(agent.collect_cgroup(roots, tree, 'a', known._replace(due=due)).serialized).memory
+            self.assertEqual(expected, (memory.current_bytes, memory.max_bytes))
+
+    def test_group_at_rest_is_the_same_and_not_read_to_its_end(self):
+        for version, files in ((2, agent.GROUP_FILES_V2), (1, agent.GROUP_FILES_V1)):
+            roots, tree, known = self.known_group(version=version)
+            with mock.patch.object(agent.os, 'pread', wraps=os.pread) as read:
+                self.assertIs(known, agent.collect_cgroup(roots, tree, 'a', known))
+                self.assertEqual(agent.CGROUP_VERSIONS[version].telling, read.call_count)
+
+    def test_each_telling_file_alone_tells_that_something_has_happened(self):
+        for version, files in ((2, agent.GROUP_FILES_V2), (1, agent.GROUP_FILES_V1)):
+            for file in files[:agent.CGROUP_VERSIONS[version].telling]:
+                with self.subTest(file.names[-1]):
+                    roots, tree, known = self.known_group(version=version)
+                    directory = f'{self.root}/sys/{tree.directories[file.controller]}/a'
+                    with open(f'{directory}/{file.names[-1]}', 'r+') as open_file:
+                        text = open_file.read()
+                        open_file.seek(0)
+                        open_file.write(re.sub(r'\d(?=\d*\n)', '7', text))
+                    after = agent.collect_cgroup(roots, tree, 'a', known)
+                    self.assertIsNot(known, after)
+                    self.assertNotEqual(known.serialized, after.serialized)
+
+    def test_what_a_group_says_is_parsed_only_where_it_has_changed(self):
+        roots, tree, known = self.known_group()
+        write_tree(self.root, {'sys/fs/cgroup/a/memory.current': '98\n', 'sys/fs/cgroup/a/pids.current': '2\n'})
+        after = agent.collect_cgroup(roots, tree, 'a', known)
+        changed = [file.names[0] for file, old, new in zip(agent.GROUP_FILES_V2, known.values, after.values) if old is not new]
+        self.assertEqual(['memory.current', 'pids.current'], changed)
+        self.assertEqual(agent.collect_cgroup(roots, tree, 'a', None).serialized, after.serialized)
+
+    def test_group_that_was_made_anew_under_the_same_path_is_read_anew(self):
+        roots, tree, known = self.known_group()
+        os.truncate(f'{self.root}/sys/fs/cgroup/a/cpu.stat', 0)    # as the kernel's ENODEV: nothing can be had of the old one
+        shutil.rmtree(f'{self.root}/sys/fs/cgroup/a')
+        self.assertIsNone(agent.collect_cgroup(roots, tree, 'a', known))
+        write_tree(self.root, {'sys/fs/cgroup/a/cpu.stat': 'usage_usec 77\n'})
+        self.assertEqual(77, agent.collect_cgroup(roots, tree, 'a', known).usage_usec)
+
+    def test_files_of_a_group_are_closed_with_it(self):
+        before = len(os.listdir('/proc/self/fd'))
+        roots, tree, known = self.known_group()
+        self.assertEqual(before + len(agent.GROUP_FILES_V2), len(os.listdir('/proc/self/fd')))
+        known = agent.collect_cgroup(roots, tree, 'a', known._replace(due=0))
+        self.assertEqual(before + len(agent.GROUP_FILES_V2), len(os.listdir('/proc/self/fd')))
+        del known
+        self.assertEqual(before, len(os.listdir('/proc/self/fd')))
+
+    def test_with_few_descriptors_left_files_are_opened_each_time(self):
+        before = len(os.listdir('/proc/self/fd'))
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self.addCleanup(resource.setrlimit, resource.RLIMIT_NOFILE, limits)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (agent.SPARE_DESCRIPTORS, limits[1]))
+        roots, tree, known = self.known_group()
+        write_tree(self.root, {'sys/fs/cgroup/a/memory.current': '98\n'})
+        after = agent.collect_cgroup(roots, tree, 'a', known)
+        self.assertIs(after, agent.collect_cgroup(roots, tree, 'a', after))
+        self.assertEqual((None, None, 98), (known.files, after.files, after.values[1]))
+        self.assertEqual(before, len(os.listdir('/proc/self/fd')))
 
     def test_malformed_files_are_named(self):
         for name in GROUP_V2:
@@ -2834,7 +2930,7 @@ class HttpTest(AgentTest):
         return self.ask(f'{method} {path} HTTP/1.1\r\nHost: node\r\nAccept: {accept}\r\n\r\n')
 
     def test_metrics_in_the_format_that_is_asked_for(self) -> None:
-        agent.publish(self.serve(), exposed_metrics())
+        agent.publish(self.serve(), exposed_metrics().SerializeToString())
         for accept, content_type, last in (
                 ('*/*', agent.TEXT_TYPE, 'kubensage_snapshot_age_seconds '),
                 ('text/plain;version=0.0.4', agent.TEXT_TYPE, 'kubensage_snapshot_age_seconds '),
@@ -2848,19 +2944,19 @@ class HttpTest(AgentTest):
 
     def test_a_scrape_renders_once_and_a_new_snapshot_replaces_the_last(self) -> None:
         published = self.serve()
-        agent.publish(published, sample(1))
+        agent.publish(published, sample(1).SerializeToString())
         with mock.patch.object(agent, 'render_exposition', wraps=agent.render_exposition) as render:
             for _ in range(3):
                 self.assertIn('kubensage_agent_uptime_seconds 1\n', self.get('/metrics')[2])
             self.assertEqual(render.call_count, 1)
-            agent.publish(published, sample(2))
+            agent.publish(published, sample(2).SerializeToString())
             self.assertIn('kubensage_agent_uptime_seconds 2\n', self.get('/metrics')[2])
 
     def test_health(self) -> None:
         published = self.serve()
         self.assertEqual(self.get('/healthz')[::2], (503, 'no snapshot yet\n'))
         self.assertEqual(self.get('/metrics')[0], 503)
-        agent.publish(published, sample(1))
+        agent.publish(published, sample(1).SerializeToString())
         self.assertEqual(self.get('/healthz')[::2], (200, 'ok\n'))
         published.taken -= 14
         self.assertEqual(self.get('/healthz')[0], 200)
@@ -2872,14 +2968,14 @@ class HttpTest(AgentTest):
     def test_the_page_says_what_it_is(self) -> None:
         published = self.serve()
         self.assertIn('this node', self.get('/')[2])
-        agent.publish(published, sample(1, hostname='<b>&'))
+        agent.publish(published, sample(1, hostname='<b>&').SerializeToString())
         status, headers, body = self.get('/')
         self.assertEqual((status, headers['Content-Type']), (200, 'text/html; charset=utf-8'))
         self.assertIn('&lt;b&gt;&amp;', body)
         self.assertIn(agent.__version__, body)
 
     def test_no_path_leads_to_files_and_nothing_but_get_is_answered(self) -> None:
-        agent.publish(self.serve(), sample(1))
+        agent.publish(self.serve(), sample(1).SerializeToString())
         for path in ('/../etc/passwd', '/%2e%2e/etc/passwd', '/metrics/', '/etc/passwd', '//etc/passwd', '/healthz/../metrics', '*',
                      'http://node/etc/passwd'):
             with self.subTest(path):
@@ -2889,13 +2985,13 @@ class HttpTest(AgentTest):
                 self.assertIn(self.get('/metrics', method=method)[0], (405, 501))
 
     def test_requests_that_are_too_long_or_nonsense_are_refused(self) -> None:
-        agent.publish(self.serve(), sample(1))
+        agent.publish(self.serve(), sample(1).SerializeToString())
         self.assertEqual(self.get('/' + 'a' * 70000)[0], 414)
         self.assertEqual(self.ask('GET / HTTP/1.1\r\n' + 'A: b\r\n' * 200 + '\r\n')[0], 431)
         self.assertEqual(self.get('/healthz')[0], 200)
 
     def test_half_open_connections_keep_no_one_out_and_the_oldest_makes_room(self) -> None:
-        agent.publish(self.serve(), sample(1))
+        agent.publish(self.serve(), sample(1).SerializeToString())
         half_open = [self.connect() for _ in range(50)]
         for connection in half_open:
             connection.sendall(b'GET /metrics HT')
@@ -2919,7 +3015,7 @@ class HttpTest(AgentTest):
         published = self.serve()
         metrics = sample(1)
         metrics.pod_metrics.extend(wire.PodMetrics(namespace='n' * 200, name=f'{n}' * 50) for n in range(5000))
-        agent.publish(published, metrics)
+        agent.publish(published, metrics.SerializeToString())
         slow = socket.socket()
         self.addCleanup(slow.close)
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
@@ -2927,12 +3023,12 @@ class HttpTest(AgentTest):
         slow.sendall(b'GET /metrics HTTP/1.0\r\n\r\n')
         self.assertEqual(slow.recv(12), b'HTTP/1.0 200')
         started = time.monotonic()
-        agent.publish(published, sample(2))
+        agent.publish(published, sample(2).SerializeToString())
         self.assertIn('kubensage_agent_uptime_seconds 2\n', self.get('/metrics')[2])
         self.assertLess(time.monotonic() - started, 2)
 
     def test_many_at_once_get_the_same(self) -> None:
-        agent.publish(self.serve(), exposed_metrics())
+        agent.publish(self.serve(), exposed_metrics().SerializeToString())
         with concurrent.futures.ThreadPoolExecutor(16) as pool:
             answers = list(pool.map(lambda _: self.get('/metrics'), range(100)))
         self.assertEqual({status for status, _, _ in answers}, {200})
@@ -2944,7 +3040,7 @@ class HttpTest(AgentTest):
                 probe.bind(('::1', 0))
         except OSError as error:
             self.skipTest(f'no IPv6 here: {error}')
-        agent.publish(self.serve('[::1]'), sample(1))
+        agent.publish(self.serve('[::1]'), sample(1).SerializeToString())
         self.assertEqual(self.get('/healthz')[0], 200)
 
     def test_an_address_that_cannot_be_had_is_one_line_and_1(self) -> None:
@@ -3460,8 +3556,13 @@ def parse_cpu_weight(text):
     return agent.parse_number('cpu.weight', text)
 
 
+def parse_memory_stat(text):
+    return agent.parse_memory_stat(text, agent.MEMORY_STAT_V2)
+
+
 # parse_ function → texts of real systems.
 FUZZED = {
+    parse_memory_stat: GROUP_V2['memory.stat'],
     agent.parse_stat: STAT, agent.parse_cpuinfo: CPUINFO_X86.partition('\n\n')[0] + '\n\n' + CPUINFO_ARM,
     agent.parse_meminfo: MEMINFO, agent.parse_pressure: PRESSURE_CPU, agent.parse_statm: STATM,
     agent.parse_mountinfo: MOUNTINFO, agent.parse_diskstats: DISKSTATS, agent.parse_addresses: ADDRESSES,
@@ -3529,8 +3630,9 @@ class MalformedInputTest(AgentTest):
         takes_text = {getattr(agent, name) for name in dir(agent) if name.startswith('parse_')}
         # parse_lines takes another parser; parse_cpuinfo_line is a part of parse_cpuinfo; parse_options reads argv.
         takes_text -= {agent.parse_lines, agent.parse_cpuinfo_line, agent.parse_options}
-        # These two are told the name of the file as well.
-        named = {agent.parse_key_values: parse_vmstat, agent.parse_number: parse_cpu_weight}
+        # These are told the name of the file as well, or the names in it.
+        named = {agent.parse_key_values: parse_vmstat, agent.parse_number: parse_cpu_weight,
+                 agent.parse_memory_stat: parse_memory_stat}
         self.assertEqual({named.get(parse, parse) for parse in takes_text}, set(FUZZED))
 
     def test_node_with_accidents_is_a_message_and_failures(self):
@@ -3566,7 +3668,7 @@ class MalformedInputTest(AgentTest):
         """The directory is listed once, and each process costs one small read; no tree of so many files is made here."""
         pids = [str(number) for number in range(1, 100_001)]
         with mock.patch.object(agent, 'read_names', lambda root, path: ['self', *pids]), \
-                mock.patch.object(agent, 'read_bytes', lambda root, path: b'9 %s 3 4 5 6 7\n' % path.split('/')[0].encode()), \
+                mock.patch.object(agent, 'read_small', lambda root, path: b'9 %s 3 4 5 6 7\n' % path.split('/')[0].encode()), \
                 mock.patch.object(agent, 'read_text', lambda root, path: f'name of {path}\n'):
             fields, _ = agent.collect_processes(LIVE, None, 2)
         self.assertEqual((100_000, [100_000, 99_999]), (fields['procs'], [info.pid for info in fields['processes_mem_info']]))
@@ -3599,17 +3701,17 @@ class MalformedInputTest(AgentTest):
     def test_cgroups_with_accidents_cost_their_group_alone(self):
         root, chance, pod = self.tree(OOM_FILES), random.Random(self.SEED), sandbox('pod')
         pod.metadata.uid = UID
-        containers = [container(name, 'pod') for name in OOM_STATS]
+        pod, containers = agent.build_listed_pod(pod), [agent.build_listed_container(container(name, 'pod')) for name in OOM_STATS]
         paths = [path for path in OOM_FILES if 'kubepods' in path]
         for _ in range(600):
             path = chance.choice(paths)
             content = mutated(OOM_FILES[path].encode(), chance)
             write_tree(root, {path: content})
             with self.subTest(path=path, content=content):
-                kernel = agent.collect_kernel_side(roots_below(root), agent.CgroupsMemory(), [pod], containers, list(OOM_STATS))
-                inventory = agent.Inventory([pod], containers, {}, kernel.cgroups, kernel.views, {}, {})
-                found, = agent.build_pods(inventory, {})[0]
-                self.assertTrue(found.SerializeToString())
+                memory, _ = agent.collect_kernel_side(roots_below(root), agent.CgroupsMemory(), [pod], containers)
+                inventory = agent.Inventory([pod], containers, {}, memory.readings, memory.views, {}, {})
+                found = wire.PodMetrics.FromString(agent.serialize_pods(inventory, {})[0][0])
+                self.assertTrue(found.container_metrics)
                 self.assertEqual({name for name in OOM_STATS if name not in path} - {
                     container.id for container in found.container_metrics if container.stats_source == 'cgroup'}, set())
             write_tree(root, {path: OOM_FILES[path]})
@@ -3878,11 +3980,13 @@ class ServerTest(unittest.TestCase):
         at the end of the test."""
         options = argparse.Namespace(cri_socket=self.socket if socket_path == '' else socket_path,
                                      container_stats=container_stats, fs_stats_interval=60)
-        part = agent.collect_pods(self.roots({}), options, memory, time.monotonic() + seconds, self.tallies)
+        roots, deadline = self.roots({}), time.monotonic() + seconds
+        lists = agent.fetch_lists(roots, options, memory, deadline, self.tallies)
+        part = agent.collect_pods(roots, options, *lists, deadline, self.tallies)
         pods, self.runtime_metrics = part.message
         if part.after.runtime:
             self.addCleanup(part.after.runtime.channel.close)
-        return part._replace(message=pods)
+        return part._replace(message=list(map(wire.PodMetrics.FromString, pods)))
 
     def first_cycle(self, **arguments: Any) -> agent.Part:
         return self.cycle(agent.PodsMemory(), **arguments)
@@ -4123,7 +4227,7 @@ class CgroupsTest(AgentTest):
                     paths = agent.read_container_cgroups(roots, tree)
                     self.assertEqual({APP: f'{pod}/{container_below}', POD: f'{pod}/crio-{POD}'}, paths)
                     self.assertEqual((pod, qos), (agent.pod_cgroup_path(paths[APP], uid), agent.qos_class(pod)))
-                    self.assertEqual(['7'], agent.read_pids(roots, tree, paths[APP]))
+                    self.assertEqual('7', agent.read_first_pid(roots, tree, paths[APP]))
 
     def test_container_without_a_kubelet_has_no_pod_and_no_class(self):
         roots = roots_below(self.tree({**V2, f'sys/fs/cgroup/k8s.io/{APP}/cpu.stat': ''}))
@@ -4150,20 +4254,24 @@ class CgroupsTest(AgentTest):
                     os.link(f'{root}/proc/1/net/dev', f'{root}/proc/7/net/dev')
                 else:
                     write_tree(root, {'proc/7/net/dev': dev})
-                host, interfaces = agent.collect_pod_network(roots_below(root), agent.CgroupTree(2, {'': 'fs/cgroup'}), [APP])
-                self.assertEqual(same, host)
+                tree = agent.CgroupTree(2, {'': 'fs/cgroup'})
+                network = agent.collect_pod_network(roots_below(root), tree, [APP], None)
+                pod = wire.PodMetrics.FromString(network.serialized)
+                self.assertEqual((same, same), (network.host, pod.host_network))
                 self.assertEqual([] if same else [('eth0', 1, 8, 16)], [
-                    (link.name, link.counters.rx_bytes, link.counters.rx_multicast, link.counters.tx_compressed) for link in interfaces])
+                    (link.name, link.counters.rx_bytes, link.counters.rx_multicast, link.counters.tx_compressed)
+                    for link in pod.network_interfaces])
+                self.assertIs(network, agent.collect_pod_network(roots_below(root), tree, [APP], network))
 
     def test_network_is_that_of_the_first_process_that_has_one(self):
         """A zombie has no net/dev; another procfs may not have the process at all."""
         tree, dev = agent.CgroupTree(2, {'': 'fs/cgroup'}), 'eth0: ' + '1 ' * 16 + '\n'
         root = self.tree({'sys/fs/cgroup/empty/cgroup.procs': '', 'sys/fs/cgroup/zombie/cgroup.procs': '6\n', 'proc/6/net/x': '',
                           'sys/fs/cgroup/foreign/cgroup.procs': '0\n', 'sys/fs/cgroup/well/cgroup.procs': '7\n', 'proc/7/net/dev': dev})
-        self.check_table(lambda *paths: agent.collect_pod_network(roots_below(root), tree, paths), [
-            (('empty', 'zombie', 'foreign', 'gone'), (None, [])),
-            (('empty', 'zombie', 'well'), (False, [wire.PodInterface(name='eth0', counters=agent.build_interface_counters(
-                agent.NetDev(*[1] * 16)))]))])
+        self.assertIsNone(agent.collect_pod_network(roots_below(root), tree, ('empty', 'zombie', 'foreign', 'gone'), None))
+        network = agent.collect_pod_network(roots_below(root), tree, ('empty', 'zombie', 'well'), None)
+        self.assertEqual(wire.PodMetrics(host_network=False, network_interfaces=[wire.PodInterface(
+            name='eth0', counters=agent.build_interface_counters(agent.NetDev(*[1] * 16)))]), wire.PodMetrics.FromString(network.serialized))
 
 
 # --- pods and containers
@@ -4208,6 +4316,7 @@ class KernelSideTest(ServerTest):
     def setUp(self) -> None:
         super().setUp()
         self.groups = {name: group(1000, 500) for name in (POD, APP, SIDE)}
+        self.pod_usec = 2000
 
     def path(self, name: str) -> str:
         return f'{self.directory}/sys/fs/cgroup/kubepods/pod{UID}/{name}'
@@ -4215,7 +4324,7 @@ class KernelSideTest(ServerTest):
     def start(self, names: Sequence[str] = (APP, SIDE), **answers: Any) -> FakeRuntime:
         pod = sandbox(POD)
         pod.metadata.uid = UID
-        self.roots({**V2, **below(f'sys/fs/cgroup/kubepods/pod{UID}', group(2000, 1000))})
+        self.roots(V2)
         self.write_groups()
         return FakeRuntime(self, self.socket, **{
             'ListPodSandbox': cri.ListPodSandboxResponse(items=[pod]),
@@ -4224,8 +4333,17 @@ class KernelSideTest(ServerTest):
             **answers})
 
     def write_groups(self) -> None:
+        """As if something had run: then the pod's group has run as well."""
+        self.pod_usec += 1
+        self.roots(below(f'sys/fs/cgroup/kubepods/pod{UID}', group(self.pod_usec, 1000)))
         self.roots({path: text for name, files in self.groups.items()
                     for path, text in below(f'sys/fs/cgroup/kubepods/pod{UID}/{name}', files).items()})
+
+    def remove_group(self, name: str) -> None:
+        """The kernel answers ENODEV for an open file of a group that is gone; here it has nothing to say."""
+        os.truncate(f'{self.path(name)}/cpu.stat', 0)
+        shutil.rmtree(self.path(name))
+        del self.groups[name]
 
     def kernel_cycle(self, memory: agent.PodsMemory = agent.PodsMemory()) -> agent.Part:
         return self.cycle(memory, container_stats='cgroup')
@@ -4341,8 +4459,8 @@ class KernelSideTest(ServerTest):
     def test_group_that_vanishes_is_looked_for_again(self) -> None:
         self.start()
         part = self.kernel_cycle()
-        shutil.rmtree(self.path(SIDE))
-        del self.groups[SIDE]
+        self.remove_group(SIDE)
+        self.write_groups()
         part = self.kernel_cycle(part.after)
         self.assertEqual(({APP: ('cgroup', 1000), SIDE: ('cri', 5000)}, {}), (self.sources(part), part.failures))
         self.roots(below(f'sys/fs/cgroup/elsewhere/cri-containerd-{SIDE}.scope', group(6000, 500)))
@@ -4380,11 +4498,12 @@ class KernelSideTest(ServerTest):
         part = self.kernel_cycle()
         self.groups[APP]['memory.max'] = '2000\n'
         self.write_groups()
-        with mock.patch.object(agent, 'collect_limits', wraps=agent.collect_limits) as read:
-            part = self.kernel_cycle(part.after)
-            self.assertEqual((0, 1000), (read.call_count, part.message[0].container_metrics[0].cgroup.memory.max_bytes))
-        limits = {path: known._replace(due=time.monotonic() - 1) for path, known in part.after.cgroups.limits.items()}
-        part = self.kernel_cycle(part.after._replace(cgroups=part.after.cgroups._replace(limits=limits)))
+        part = self.kernel_cycle(part.after)
+        self.assertEqual(1000, part.message[0].container_metrics[0].cgroup.memory.max_bytes)
+        readings = {id: reading._replace(cgroup=reading.cgroup._replace(due=time.monotonic() - 1))
+                    for id, reading in part.after.cgroups.readings.items()}
+        self.write_groups()
+        part = self.kernel_cycle(part.after._replace(cgroups=part.after.cgroups._replace(readings=readings)))
         app = part.message[0].container_metrics[0]
         self.assertEqual((2000, 1501), (app.cgroup.memory.max_bytes, app.memory_metrics.available_bytes.value))
 
@@ -4520,7 +4639,7 @@ class KernelSideTest(ServerTest):
             FakeRuntime(self, self.socket, ListPodSandbox=cri.ListPodSandboxResponse(items=pods),
                         ListContainers=cri.ListContainersResponse(containers=containers))
             memory = self.kernel_cycle().after
-            with mock.patch.object(agent, 'read_bytes', wraps=agent.read_bytes) as read, \
+            with mock.patch.object(agent.os, 'open', wraps=os.open) as read, \
                     mock.patch.object(agent, 'read_container_cgroups', wraps=agent.read_container_cgroups) as walk:
                 part = self.kernel_cycle(memory)
             self.assertEqual(({'cgroup'}, False, 0), (
@@ -4798,7 +4917,7 @@ class SnapshotTest(ServerTest):
         part = agent.collect_snapshot(self.tree, options, memory, self.thread, self.run_state, backlog)
         if part.after.pods.runtime:
             self.addCleanup(part.after.pods.runtime.channel.close)
-        return part
+        return part._replace(message=wire.Metrics.FromString(part.message))
 
     def test_a_snapshot_has_the_node_the_pods_and_the_start_of_its_collection(self) -> None:
         FakeRuntime(self, self.socket)
@@ -5881,7 +6000,7 @@ class WatchdogTest(ServerTest):
         arguments = LIVE, agent.parse_options([], {}), agent.Memory(), None, agent.Run(), agent.Outlets()
         with mock.patch.dict(os.environ, NOTIFY_SOCKET=path):
             for broken in ('collect_snapshot', 'hand_over'):
-                with mock.patch.object(agent, 'collect_snapshot', lambda *arguments: agent.Part(wire.Metrics(), None, {})), \
+                with mock.patch.object(agent, 'collect_snapshot', lambda *arguments: agent.Part(b'', None, {})), \
                         mock.patch.object(agent, broken, mock.Mock(side_effect=ZeroDivisionError)), \
                         self.assertRaises(ZeroDivisionError):
                     agent.run_cycle(*arguments)
@@ -5903,7 +6022,7 @@ class WatchdogTest(ServerTest):
                     agent.notify_systemd('WATCHDOG=1')
 
     def test_the_status_is_one_line_whatever_the_troubles_are_called(self) -> None:
-        line = agent.status_line(wire.Metrics(), None, {'mount /a\nREADY=1': 'x', 'cpu': 'y'})
+        line = agent.status_line(b'', None, {'mount /a\nREADY=1': 'x', 'cpu': 'y'})
         self.assertEqual(line, '0 pods, 0 containers; in trouble: cpu, mount /a?READY=1')
 
 
@@ -6826,7 +6945,7 @@ class ReadmeTest(unittest.TestCase):
         named = {(message.strip('`'), field) for _, message, fields in self.rows('What it collects')
                  for field in re.findall(r'`(\w+)`', fields)}
         known = {(name, field.name) for name, message in wire.DESCRIPTOR.message_types_by_name.items()
-                 for field in message.fields}
+                 for field in message.fields if not name.startswith('Serialized')}
         self.assertEqual(named, known)
 
     def test_every_file_named_is_there(self):
