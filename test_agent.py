@@ -1066,7 +1066,7 @@ class FilesTest(AgentTest):
     def test_what_is_absent_is_none(self):
         root = self.tree({'file': 'x'})
         for path in ('none', 'no/directory', 'file/below'):
-            for read in (agent.read_bytes, agent.read_text, agent.read_line, agent.read_int):
+            for read in (agent.read_bytes, agent.read_small, agent.read_text, agent.read_line, agent.read_int, agent.open_file):
                 with self.subTest(read=read.__name__, path=path):
                     self.assertIsNone(read(root, path))
         self.assertEqual([], agent.read_names(root, 'none'))
@@ -1086,6 +1086,8 @@ class FilesTest(AgentTest):
 
     def test_other_errors_are_the_callers(self):
         """/proc/PID/mem opens, and has nothing at address 0: EIO."""
+        with self.assertRaises(OSError):
+            agent.read_small('/proc/self', 'mem')
         with self.assertRaises(OSError) as raised:
             agent.read_bytes('/proc/self', 'mem')
         self.assertEqual(errno.EIO, raised.exception.errno)
@@ -1127,6 +1129,45 @@ class FilesTest(AgentTest):
                 raise error(line)
             with self.subTest(error=error.__name__), self.assertRaisesRegex(ValueError, r"^f: malformed line: 'x{200}'$"):
                 agent.parse_lines('f', ['x' * 999], fail)
+
+
+# --- files that stay open
+
+class OpenFilesTest(AgentTest):
+    def test_what_they_say_is_read_from_their_beginning_each_time(self):
+        root = self.tree({'a': '1\n', 'b': ''})
+        files = agent.OpenFiles([agent.open_file(root, name) for name in ('a', 'none', 'b')])
+        self.assertEqual((b'1\n', None, b''), agent.read_open_files(files.descriptors))
+        write_tree(root, {'a': '22\n'})
+        self.assertEqual((b'22\n', None, b''), agent.read_open_files(files.descriptors))
+
+    def test_one_that_has_gone_is_none_and_the_others_are_read(self):
+        """As a control group's, whose files answer ENODEV then; a process's answer ESRCH."""
+        with subprocess.Popen(['sleep', '60']) as process:
+            files = agent.OpenFiles([agent.open_file('/proc', f'{process.pid}/statm'), agent.open_file('/proc', 'self/statm')])
+            self.assertTrue(all(agent.read_open_files(files.descriptors)))
+            process.kill()
+        gone, present = agent.read_open_files(files.descriptors)
+        self.assertEqual((None, True), (gone, bool(present)))
+
+    def test_other_errors_are_the_callers(self):
+        files = agent.OpenFiles([agent.open_file('/proc', 'self/statm'), agent.open_file('/proc/self', 'mem')])
+        with self.assertRaises(OSError):
+            agent.read_open_files(files.descriptors)
+
+    def test_the_limit_is_raised_as_far_as_that_is_granted(self):
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self.addCleanup(resource.setrlimit, resource.RLIMIT_NOFILE, limits)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (300, limits[1]))
+        agent.raise_open_files_limit()
+        expected = min(limits[1], agent.MAX_OPEN_FILES) if limits[1] > 0 else agent.MAX_OPEN_FILES
+        self.assertEqual((expected, limits[1]), resource.getrlimit(resource.RLIMIT_NOFILE))
+        agent.raise_open_files_limit()
+        self.assertEqual(expected, agent.open_files_limit())
+        with mock.patch.object(resource, 'setrlimit', side_effect=PermissionError):
+            resource.prlimit(0, resource.RLIMIT_NOFILE, (300, limits[1]))
+            agent.raise_open_files_limit()
+        self.assertEqual(300, agent.open_files_limit())
 
 
 # --- CPU
@@ -2345,14 +2386,6 @@ class CgroupFilesTest(AgentTest):
                     self.assertIsNot(known, after)
                     self.assertNotEqual(known.serialized, after.serialized)
 
-    def test_what_a_group_says_is_parsed_only_where_it_has_changed(self):
-        roots, tree, known = self.known_group()
-        write_tree(self.root, {'sys/fs/cgroup/a/memory.current': '98\n', 'sys/fs/cgroup/a/pids.current': '2\n'})
-        after = agent.collect_cgroup(roots, tree, 'a', known)
-        changed = [file.names[0] for file, old, new in zip(agent.GROUP_FILES_V2, known.values, after.values) if old is not new]
-        self.assertEqual(['memory.current', 'pids.current'], changed)
-        self.assertEqual(agent.collect_cgroup(roots, tree, 'a', None).serialized, after.serialized)
-
     def test_group_that_was_made_anew_under_the_same_path_is_read_anew(self):
         roots, tree, known = self.known_group()
         os.truncate(f'{self.root}/sys/fs/cgroup/a/cpu.stat', 0)    # as the kernel's ENODEV: nothing can be had of the old one
@@ -2379,7 +2412,7 @@ class CgroupFilesTest(AgentTest):
         write_tree(self.root, {'sys/fs/cgroup/a/memory.current': '98\n'})
         after = agent.collect_cgroup(roots, tree, 'a', known)
         self.assertIs(after, agent.collect_cgroup(roots, tree, 'a', after))
-        self.assertEqual((None, None, 98), (known.files, after.files, after.values[1]))
+        self.assertEqual((None, None, 98), (known.files, after.files, after.container.memory_metrics.usage_bytes.value))
         self.assertEqual(before, len(os.listdir('/proc/self/fd')))
 
     def test_malformed_files_are_named(self):
@@ -3628,8 +3661,8 @@ class MalformedInputTest(AgentTest):
 
     def test_every_parser_is_among_them(self):
         takes_text = {getattr(agent, name) for name in dir(agent) if name.startswith('parse_')}
-        # parse_lines takes another parser; parse_cpuinfo_line is a part of parse_cpuinfo; parse_options reads argv.
-        takes_text -= {agent.parse_lines, agent.parse_cpuinfo_line, agent.parse_options}
+        # parse_lines and parse_group take other parsers; parse_cpuinfo_line is a part of parse_cpuinfo; parse_options reads argv.
+        takes_text -= {agent.parse_lines, agent.parse_group, agent.parse_cpuinfo_line, agent.parse_options}
         # These are told the name of the file as well, or the names in it.
         named = {agent.parse_key_values: parse_vmstat, agent.parse_number: parse_cpu_weight,
                  agent.parse_memory_stat: parse_memory_stat}
@@ -4397,6 +4430,29 @@ class KernelSideTest(ServerTest):
                 self.assertEqual((0, 13, 11, 17, 26, 27), tuple(getattr(found.memory_metrics, name).value for name in MEMORY_FIELDS))
                 self.assertEqual((15, 1), (found.swap_metrics.usage_bytes.value, found.swap_metrics.available_bytes.value))
 
+    def test_pod_at_rest_is_told_by_its_group_alone(self) -> None:
+        """What its containers' groups say is not even read; their rates are 0, their moment is that of the pod."""
+        self.start()
+        first = self.kernel_cycle()
+        self.roots(below(f'sys/fs/cgroup/kubepods/pod{UID}/{APP}', {'cpu.stat': 'usage_usec 999999\n'}))
+        second = self.kernel_cycle(first.after)
+        pod, = second.message
+        self.assertEqual([(1000, 0, pod.cgroup.timestamp_ns)] * 2, [
+            (found.cgroup.cpu.usage_usec, found.cpu_metrics.usage_nano_cores.value, found.cgroup.timestamp_ns)
+            for found in pod.container_metrics])
+        self.assertGreater(pod.cgroup.timestamp_ns, first.message[0].cgroup.timestamp_ns)
+        self.write_groups()
+        self.roots(below(f'sys/fs/cgroup/kubepods/pod{UID}/{APP}', {'cpu.stat': 'usage_usec 999999\n'}))
+        app, side = self.kernel_cycle(second.after).message[0].container_metrics
+        self.assertEqual((999999, 1000), (app.cgroup.cpu.usage_usec, side.cgroup.cpu.usage_usec))
+        self.assertGreater(app.cpu_metrics.usage_nano_cores.value, 0)
+
+    def test_container_that_appears_in_a_pod_at_rest_is_read(self) -> None:
+        runtime = self.start([APP])
+        part = self.kernel_cycle()
+        runtime.answers['ListContainers'] = cri.ListContainersResponse(containers=[container(APP, POD), container(SIDE, POD)])
+        self.assertEqual({APP: ('cgroup', 1000), SIDE: ('cgroup', 1000)}, self.sources(self.kernel_cycle(part.after)))
+
     def test_rate_is_of_two_reads_by_our_own_clock(self) -> None:
         runtime = self.start()
         instants = [time.monotonic_ns()]
@@ -4868,9 +4924,38 @@ class PodsTest(ServerTest):
         self.assertEqual([metrics.id for metrics in part.message[0].container_metrics], names)
         self.assertTrue(all(metrics.HasField('cpu_metrics') for metrics in part.message[0].container_metrics))
 
+    def test_lists_are_parsed_only_where_they_have_changed(self) -> None:
+        runtime, part = FakeRuntime(self, self.socket), self.first_cycle()
+        for state, parsed in ((cri.CONTAINER_RUNNING, 0), (cri.CONTAINER_EXITED, 1)):
+            runtime.answers['ListContainers'] = cri.ListContainersResponse(containers=[container('app', 'pod', state)])
+            with mock.patch.object(agent, 'build_listed_container', wraps=agent.build_listed_container) as build:
+                part = self.cycle(part.after)
+            self.assertEqual(parsed, build.call_count)
+        self.assertEqual('CONTAINER_EXITED', part.message[0].container_metrics[0].state)
+        self.assertEqual(1, len(part.after.containers))
+
+    def test_garbage_in_one_part_of_the_statistics_costs_that_part(self) -> None:
+        whole = stats('app', 1, 2, memory=cri.MemoryUsage(usage_bytes=value(3)), swap=cri.SwapUsage(swap_usage_bytes=value(4)))
+        odd = cri.SerializedStats.FromString(whole.SerializeToString())
+        odd.memory, odd.writable_layer = b'\x12\x7f', b'\xff'
+        runtime = FakeRuntime(self, self.socket, ListContainerStats=cri.SerializedStatsList(stats=[odd]))
+        found = self.first_cycle().message[0].container_metrics[0]
+        self.assertEqual((2, False, 4, False), (
+            found.cpu_metrics.usage_core_nano_seconds.value, found.HasField('memory_metrics'), found.swap_metrics.usage_bytes.value,
+            found.HasField('file_system_metrics')))
+        self.assertEqual(1, runtime.asked.count('ListContainerStats'))
+
+    def test_what_a_later_runtime_says_of_memory_does_not_get_into_the_relays_contract(self) -> None:
+        """containerd 2.3 has the pressure there, as field 8."""
+        entry = cri.SerializedStats.FromString(stats('app', 1, 2).SerializeToString())
+        entry.memory = wire.MemoryMetrics(usage_bytes={'value': 3}).SerializeToString() + b'\x42\x02\x0a\x00'
+        FakeRuntime(self, self.socket, ListContainerStats=cri.SerializedStatsList(stats=[entry]))
+        memory = self.first_cycle().message[0].container_metrics[0].memory_metrics
+        self.assertEqual(wire.MemoryMetrics(usage_bytes={'value': 3}).SerializeToString(), memory.SerializeToString())
+
     def test_garbage_and_errors_in_the_lists_are_failures_that_pass(self) -> None:
         for number, (method, answer) in enumerate((method, answer) for method in ('ListPodSandbox', 'ListContainers')
-                                                  for answer in (b'\xff\xff', b'\x0a\x7f', grpc.StatusCode.INTERNAL)):
+                                                  for answer in (b'\xff\xff', b'\x0a\x7f', b'\x0a\x01\xff', grpc.StatusCode.INTERNAL)):
             with self.subTest(method=method, answer=answer):
                 path = f'{self.directory}/run/{number}.sock'
                 runtime = FakeRuntime(self, path)
@@ -4998,6 +5083,16 @@ class SnapshotTest(ServerTest):
         self.assertEqual((queue.snapshots, queue.memory_bytes, queue.spool_bytes, queue.sent_total, queue.acknowledged_total,
                           dict(queue.dropped_total), queue.reconnects_total), (1, 5, 0, 6, 7, {'size': 3}, 4))
         self.assertAlmostEqual(queue.seconds_since_acknowledgement, 60, delta=5)
+
+    def test_open_files_are_listed_once_a_minute_where_the_kernel_does_not_count_them(self) -> None:
+        """/proc/self/fd has a size since Linux 6.2."""
+        run, listing = agent.Run(), mock.Mock(return_value=['0', '1', '2'])
+        with mock.patch.object(agent.os, 'stat', return_value=types.SimpleNamespace(st_size=0)), \
+                mock.patch.object(agent, 'read_names', listing):
+            self.assertEqual([3, 3, 3], [agent.count_open_files(run, now) for now in (100, 159, 160)])
+        self.assertEqual(2, listing.call_count)
+        with mock.patch.object(agent.os, 'stat', return_value=types.SimpleNamespace(st_size=7)):
+            self.assertEqual(7, agent.count_open_files(run, 161))
 
     def test_calls_that_fail_are_counted(self) -> None:
         FakeRuntime(self, self.socket, ListContainerStats=grpc.StatusCode.UNKNOWN)
@@ -6024,6 +6119,28 @@ class WatchdogTest(ServerTest):
     def test_the_status_is_one_line_whatever_the_troubles_are_called(self) -> None:
         line = agent.status_line(b'', None, {'mount /a\nREADY=1': 'x', 'cpu': 'y'})
         self.assertEqual(line, '0 pods, 0 containers; in trouble: cpu, mount /a?READY=1')
+
+
+# --- nothing too much
+
+class FrugalTest(unittest.TestCase):
+    def run_python(self, program: str) -> List[str]:
+        directory = os.path.dirname(os.path.abspath(agent.__file__))
+        done = subprocess.run([sys.executable, '-c', f'import sys; sys.path.insert(0, {directory!r}); import agent\n{program}'],
+                              stdout=subprocess.PIPE, check=True, text=True, timeout=PATIENCE_SECONDS)
+        return done.stdout.split()
+
+    def test_what_only_some_need_is_imported_only_then(self) -> None:
+        names = ('_ssl', 'ssl', '_hashlib', 'html', 'difflib', 'gzip', 'google.protobuf.json_format', 'grpc.aio', 'http.server')
+        self.assertEqual([], self.run_python(f'print(*(name for name in {names} if name in sys.modules))'))
+
+    def test_ssl_can_be_imported_later(self) -> None:
+        self.assertEqual(['True'], self.run_python('import ssl; print(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).check_hostname)'))
+
+    def test_the_memory_of_the_start_is_settled(self) -> None:
+        frozen, = self.run_python('import gc; agent.settle_memory(); print(gc.get_freeze_count())')
+        self.assertGreater(int(frozen), 10_000)
+        self.run_python('import types; agent.libc = types.SimpleNamespace; agent.settle_memory()')
 
 
 # --- nothing grows
