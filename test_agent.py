@@ -2425,6 +2425,73 @@ class CgroupFilesTest(AgentTest):
                     self.collect(group_v1('a/b', group={**GROUP_V1, controller: {**files, name: 'x y z w\n'}}))
 
 
+class RealGroupTest(AgentTest):
+    """cgroup v2 of this machine's kernel, whatever controllers it has there: open files tell what happens, and when it is over."""
+
+    def setUp(self):
+        mounts = [mount for mount in agent.parse_mountinfo(agent.read_text('/proc', 'self/mountinfo')) if mount.fstype == 'cgroup2']
+        if os.geteuid() or not mounts:
+            self.skipTest('needs root and a mounted cgroup v2')
+        self.name = f'kubensage-test-{uuid.uuid4()}'
+        self.top = f'{mounts[0].mountpoint}/{self.name}'
+        root = self.directory()
+        os.makedirs(f'{root}/fs')
+        os.symlink(mounts[0].mountpoint, f'{root}/fs/cgroup')
+        self.roots, self.known = agent.Roots('/proc', root, '/'), {}
+        for path in ('', '/rest', '/busy'):
+            self.make(path)
+
+    def make(self, path):
+        os.mkdir(f'{self.top}{path}')
+        self.addCleanup(self.remove, path)
+
+    def remove(self, path):
+        with contextlib.suppress(FileNotFoundError):
+            os.rmdir(f'{self.top}{path}')
+
+    def start(self, path, *command):
+        process = subprocess.Popen(['sh', '-c', f'echo $$ >{self.top}{path}/cgroup.procs && exec "$@"', 'sh', *command],
+                                   stdout=subprocess.PIPE)
+        self.addCleanup(self.end, process)
+        return process
+
+    def end(self, process):
+        process.kill()
+        with process:
+            process.wait()
+
+    def usage(self):
+        """CPU time by group, None for one that is gone."""
+        tree = agent.read_cgroup_tree(self.roots)
+        self.known = {path: agent.collect_cgroup(self.roots, tree, self.name + path, self.known.get(path)) for path in ('/rest', '/busy')}
+        return [group and group.usage_usec for group in self.known.values()]
+
+    def test_what_has_run_has_used_time_and_what_is_gone_is_none(self):
+        sleeper = self.start('/rest', 'sh', '-c', 'echo; exec sleep 60')
+        spinner = self.start('/busy', 'sh', '-c', 'echo; while :; do :; done')
+        sleeper.stdout.readline(), spinner.stdout.readline()
+        after = self.usage()
+        for _ in range(20):    # until the sleeper sleeps
+            before, files = after, [group.files for group in self.known.values()]
+            time.sleep(0.1)
+            after = self.usage()
+            if before[0] == after[0]:
+                break
+        self.assertEqual(before[0], after[0])
+        self.assertTrue(0 < before[1] < after[1])
+        self.assertEqual(files, [group.files for group in self.known.values()])
+        self.end(spinner)
+        self.assertGreaterEqual(self.usage()[1], after[1])
+        self.remove('/busy')
+        self.assertEqual([after[0], None], self.usage())
+        self.make('/busy')
+        self.assertEqual([after[0], 0], self.usage())
+        self.remove('/busy')
+        self.make('/busy')
+        self.assertEqual([after[0], 0], self.usage())
+        self.assertIsNotNone(self.known['/busy'].files)
+
+
 # --- services
 
 class ServicesTest(AgentTest):
