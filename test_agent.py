@@ -6499,7 +6499,7 @@ exec containerd --config "$0/config.toml"
 ''')
 
 # restrict_oom_score_adj: without CAP_SYS_RESOURCE runc dies on the negative value of a sandbox. opt, conf_dir: containerd
-# would make /opt/containerd and /etc/cni/net.d. Layers are measured every stats_collect_period.
+# would make /opt/containerd and /etc/cni/net.d. Layers are measured every stats_collect_period, 10 s by default.
 CONTAINERD_CONFIG = '''
 version = 2
 root = "{directory}/mounts/root"
@@ -6514,7 +6514,7 @@ disabled_plugins = ["io.containerd.snapshotter.v1.aufs", "io.containerd.snapshot
   sandbox_image = "{image}"
   restrict_oom_score_adj = true
   disable_apparmor = true
-  stats_collect_period = 1
+  stats_collect_period = {layers_seconds}
   [plugins."io.containerd.grpc.v1.cri".cni]
     bin_dir = "{plugins}"
     conf_dir = "{directory}/cni"
@@ -6702,7 +6702,7 @@ def leftovers(mark: str) -> List[str]:
 
 
 @contextlib.contextmanager
-def real_runtime() -> Iterator[RealRuntime]:
+def real_runtime(layers_seconds: int = 1) -> Iterator[RealRuntime]:
     """A containerd of our own with an image and no pods; nothing of it is left afterwards."""
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(tempfile.TemporaryDirectory(prefix='kubensage-'))
@@ -6710,7 +6710,8 @@ def real_runtime() -> Iterator[RealRuntime]:
         os.mkdir(f'{directory}/mounts')
         os.mkdir(f'{directory}/sandboxes')
         with open(f'{directory}/config.toml', 'w') as config:
-            config.write(CONTAINERD_CONFIG.format(directory=directory, image=IMAGE, plugins=CNI_PLUGINS))
+            config.write(CONTAINERD_CONFIG.format(directory=directory, image=IMAGE, plugins=CNI_PLUGINS,
+                                                  layers_seconds=layers_seconds))
         os.mkdir(f'{directory}/cni')
         if CNI_PLUGINS:
             with open(f'{directory}/cni/1.conflist', 'w') as config:
