@@ -2840,6 +2840,8 @@ def fetch_statuses(runtime: Runtime, containers: Sequence[ListedContainer], know
     failure, unasked = None, KnownStatus(-1, None, b'')
     stale = [container for container in containers if statuses.get(container.id, unasked).state != container.state
              or again and may_change(statuses[container.id].status)]
+    # Those that have ended first: why they have is what people look for.
+    stale.sort(key=lambda container: container.state != cri.CONTAINER_EXITED)
     calls = [(container, start_call(runtime.channel, runtime.service, 'ContainerStatus', seconds_until(deadline),
                                     cri.ContainerStatusRequest(container_id=container.id).SerializeToString()))
              for container in stale[:STATUSES_PER_CYCLE]]
@@ -5124,8 +5126,9 @@ def render_daemonset(options: argparse.Namespace, arguments: Sequence[str], sock
 
 # --- main loop
 
-# Between the two samples of --once, from which rates are computed.
-ONCE_PAUSE_SECONDS = 0.5
+# Of the two samples of --once, from which rates are computed, the second begins so long after the first, and not sooner
+# than so long after its end.
+ONCE_INTERVAL_SECONDS, ONCE_PAUSE_SECONDS = 0.5, 0.3
 ONCE_DELIVERY_SECONDS = 10
 # Of a table that goes into a file.
 TABLE_WIDTH = 160
@@ -5324,8 +5327,9 @@ def run_once(roots: Roots, options: argparse.Namespace) -> int:
     """Two samples, the second of which counts. 1 when a relay was named and has not acknowledged it."""
     run = Run()
     with concurrent.futures.ThreadPoolExecutor(1) as runtime_thread:
+        began = time.monotonic()
         first = collect_snapshot(roots, options, Memory(), runtime_thread, run)
-        time.sleep(ONCE_PAUSE_SECONDS)
+        time.sleep(max(ONCE_PAUSE_SECONDS, began + ONCE_INTERVAL_SECONDS - time.monotonic()))
         run.sequence = 0
         part = collect_snapshot(roots, options, first.after, runtime_thread, run)
     log_changes({}, part.failures)

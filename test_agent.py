@@ -4711,6 +4711,14 @@ class KernelSideTest(ServerTest):
         self.assertEqual([bound, 2 * bound, 2 * bound + 3, 2 * bound + 3], counts)
         self.assertTrue(all(found.HasField('status') for found in part.message[0].container_metrics))
 
+    def test_those_that_have_ended_are_asked_for_first(self) -> None:
+        names = [f'{number:064x}' for number in range(agent.STATUSES_PER_CYCLE * 2)]
+        ended = names[agent.STATUSES_PER_CYCLE:]
+        self.start(ListContainers=cri.ListContainersResponse(containers=[
+            container(name, POD, cri.CONTAINER_EXITED if name in ended else cri.CONTAINER_RUNNING) for name in names]))
+        told = [found.id for found in self.kernel_cycle().message[0].container_metrics if found.HasField('status')]
+        self.assertEqual(ended, told)
+
     def test_status_that_fails_is_a_failure_and_not_asked_for_each_cycle(self) -> None:
         runtime = self.start(ContainerStatus=grpc.StatusCode.INTERNAL)
         part = self.kernel_cycle()
@@ -6073,7 +6081,7 @@ class MainLoopTest(ServerTest):
         relay = FakeRelay(self)
         relay.usual = relay.hold
         options = agent.parse_options(['--once', '--cri-socket', self.socket, '--relay-address', relay.address], {})
-        with mock.patch.multiple(agent, ONCE_PAUSE_SECONDS=0, ONCE_DELIVERY_SECONDS=0.5), \
+        with mock.patch.multiple(agent, ONCE_PAUSE_SECONDS=0, ONCE_INTERVAL_SECONDS=0, ONCE_DELIVERY_SECONDS=0.5), \
                 self.assertLogs('kubensage-agent', 'WARNING'):
             start = time.monotonic()
             self.assertEqual(agent.run_once(self.roots({}), options), 1)
