@@ -1466,6 +1466,7 @@ class PressureTest(AgentTest):
             'not a number': ('some avg10=x avg60=2 avg300=3 total=4\n', "'some avg10=x avg60=2"),
             'total is a fraction': ('some avg10=1 avg60=2 avg300=3 total=4.5\n', 'total=4.5'),
             'total is missing': ('some avg10=1 avg60=2 avg300=3\n', "'some avg10=1 avg60=2 avg300=3'"),
+            'another order': ('some avg60=1 avg10=2 avg300=3 total=4\n', "'some avg60=1"),
             'the second line': ('some avg10=1 avg60=2 avg300=3 total=4\nfull\n', "malformed line: 'full'"),
         })
         self.assertIsInstance(agent.parse_pressure(PRESSURE_CPU)['some'][3], int)
@@ -2257,17 +2258,20 @@ class CgroupFilesTest(AgentTest):
         }, {'a word': ('none\n', r"pids.max: malformed line: 'none\n'"), 'empty': ('', "pids.max: malformed line: ''")})
 
     def test_io_stat(self):
-        one = {'rbytes': 1, 'wbytes': 2, 'rios': 3, 'wios': 4}
+        one = (1, 2, 3, 4)
         self.check_parse(agent.parse_io_stat, {
-            'real': (IO_STAT, {'254:0': {'rbytes': 629145600, 'wbytes': 629145600, 'rios': 688, 'wios': 903}}),
-            'oldest, another order': ('8:0 wios=4 rios=3 wbytes=2 rbytes=1\n', {'8:0': one}),
-            'two devices': ('8:0 rbytes=1 wbytes=2 rios=3 wios=4\n8:16 rbytes=5\n', {'8:0': one, '8:16': {'rbytes': 5}}),
+            'real': (IO_STAT, {'254:0': (629145600, 629145600, 688, 903)}),
+            'oldest: no discards': ('8:0 rbytes=1 wbytes=2 rios=3 wios=4\n', {'8:0': one}),
+            'two devices': ('8:0 rbytes=1 wbytes=2 rios=3 wios=4\n8:16 rbytes=5 wbytes=6 rios=7 wios=8\n',
+                            {'8:0': one, '8:16': (5, 6, 7, 8)}),
             'a device without statistics': ('7:0\n8:0 rbytes=1 wbytes=2 rios=3 wios=4\n', {'8:0': one}),
             'in one line, as Linux 5.15 has it': ('7:1 7:0 8:0 rbytes=1 wbytes=2 rios=3 wios=4\n', {'8:0': one}),
             'of io.latency and io.cost': ('8:0 rbytes=1 wbytes=2 rios=3 wios=4 cost.vrate=100.00 depth=max\n', {'8:0': one}),
+            'of io.cost alone': ('8:0 cost.vrate=100.00\n', {}),
             'empty': ('', {}),
         }, {
             'not a number': ('8:0 rbytes=x\n', "io.stat: malformed line: '8:0 rbytes=x'"), 'no device': ('rbytes=1\n', "'rbytes=1'"),
+            'the second of two': ('8:0 rbytes=1 wbytes=2 rios=3 wios=4\n8:16 rbytes=5 wbytes=6 rios=7 wios=8x\n', "'8:16 rbytes=5"),
         })
 
     def test_blkio(self):
@@ -2412,7 +2416,7 @@ class CgroupFilesTest(AgentTest):
         write_tree(self.root, {'sys/fs/cgroup/a/memory.current': '98\n'})
         after = agent.collect_cgroup(roots, tree, 'a', known)
         self.assertIs(after, agent.collect_cgroup(roots, tree, 'a', after))
-        self.assertEqual((None, None, 98), (known.files, after.files, after.container.memory_metrics.usage_bytes.value))
+        self.assertEqual((None, None, 98), (known.files, after.files, wire.SerializedContainer.FromString(after.container).memory_metrics.usage_bytes.value))
         self.assertEqual(before, len(os.listdir('/proc/self/fd')))
 
     def test_malformed_files_are_named(self):
