@@ -8,8 +8,9 @@
 
 Each cycle reads the node from procfs and sysfs, asks the container runtime for its pods and
 containers (CRI over a unix socket), reads what these use from their cgroups, and puts all of it
-into one Metrics message (proto/kubensage.proto). A second thread delivers; a snapshot is forgotten
-only once the relay has acknowledged it.
+into one Metrics message (proto/kubensage.proto), serialised part by part: a part that says what it
+said is kept from the last cycle. A second thread delivers; a snapshot is forgotten only once the
+relay has acknowledged it.
 
     what we read                      what we take                          documented in
     /proc/stat                        CPU time, boot time, activity         proc_stat(5)
@@ -621,15 +622,14 @@ SPARE_DESCRIPTORS = 256
 
 
 class OpenFiles:
-    """Files that are read in every cycle, None for one that is absent; closed when nothing holds them any more.
+    """Files that are read in every cycle, None for one that is not open; closed when nothing holds them any more.
 
     A file of a control group that stays open is read in 1 µs (memory.stat in 6), one that is opened for it in 7 (12). In
     exchange the kernel keeps a buffer of a page for each: 4.5 kB a file.
     """
 
-    def __init__(self, descriptors: Iterable[Optional[int]]):
-        self.descriptors: List[Optional[int]] = []
-        self.descriptors.extend(descriptors)
+    def __init__(self, count: int):
+        self.descriptors: List[Optional[int]] = [None] * count
 
     def __del__(self) -> None:
         for descriptor in self.descriptors:
@@ -1863,7 +1863,8 @@ GROUP_FILES_V1 = (
     key_value_file('cpuacct.stat', 'cpuacct'), key_value_file('cpu.stat', 'cpu'),
     number_file('memory.max_usage_in_bytes', 'memory'), number_file('memory.memsw.usage_in_bytes', 'memory'),
     number_file('memory.kmem.usage_in_bytes', 'memory'), number_file('memory.kmem.tcp.usage_in_bytes', 'memory'),
-    memory_stat_file(MEMORY_STAT_V1, 'memory'), key_value_file('memory.oom_control', 'memory'), number_file('pids.current', 'pids'))
+    memory_stat_file(MEMORY_STAT_V1, 'memory'), key_value_file('memory.oom_control', 'memory'),
+    number_file('pids.current', 'pids'))
 
 
 def parse_group(files: Sequence[GroupFile], texts: Sequence[Optional[bytes]]) -> List[Any]:
@@ -2014,29 +2015,33 @@ CGROUP_VERSIONS = {
 }
 
 
-def open_group(roots: Roots, tree: CgroupTree, path: str) -> OpenFiles:
-    return OpenFiles(open_group_file(roots, tree, path, file) for file in CGROUP_VERSIONS[tree.version].files)
+def open_group(roots: Roots, tree: CgroupTree, path: str, files: OpenFiles) -> None:
+    """What is not open yet: all of them, or those that were absent."""
+    for number, file in enumerate(CGROUP_VERSIONS[tree.version].files):
+        if files.descriptors[number] is None:
+            files.descriptors[number] = open_group_file(roots, tree, path, file)
 
 
 def collect_cgroup(roots: Roots, tree: CgroupTree, path: str, known: Optional[Cgroup]) -> Optional[Cgroup]:
-    """A group, by what is known of it from the last cycle; None where it is gone. Each minute it is read as if nothing were
-    known: limits may have changed, and files may be there that were absent."""
+    """A group, by what is known of it from the last cycle; None where it is gone. Each minute all of it is read: limits may
+    have changed, and files may be there that were absent."""
     version, now = CGROUP_VERSIONS[tree.version], time.monotonic()
-    if known and now >= known.due:
-        known = None
-    files = known and known.files or open_group(roots, tree, path)
+    due = known is None or now >= known.due
+    files = known and known.files or OpenFiles(len(version.files))
+    if due or known.files is None:
+        open_group(roots, tree, path, files)
     telling = read_open_files(files.descriptors[:version.telling])
-    if known and telling == known.telling:
+    if not due and telling == known.telling:
         return known
     if not any(telling[:version.essential]):
         # A unit that was started again has another group under the same path.
         return collect_cgroup(roots, tree, path, None) if known else None
     texts = telling + read_open_files(files.descriptors[version.telling:])
-    limits = known.limits if known else version.collect_limits(roots, tree, path)
+    limits = version.collect_limits(roots, tree, path) if due else known.limits
     metrics = version.build(path, limits, *parse_group(version.files, texts))
     usage_usec = metrics.cpu.usage_usec if metrics.cpu.HasField('usage_usec') else None
     return Cgroup(files if known and known.files or may_stay_open(files) else None, telling, limits,
-                  known.due if known else now + LIMITS_SECONDS, usage_usec, metrics.SerializeToString(),
+                  now + LIMITS_SECONDS if due else known.due, usage_usec, metrics.SerializeToString(),
                   build_container_use(metrics.memory).SerializeToString())
 
 
@@ -2434,7 +2439,8 @@ def collect_process_network(roots: Roots, pid: str, known: Optional[PodNetwork])
     return build_pod_network(pid, host, None if host else text)
 
 
-def collect_pod_network(roots: Roots, tree: CgroupTree, paths: Iterable[str], known: Optional[PodNetwork]) -> Optional[PodNetwork]:
+def collect_pod_network(roots: Roots, tree: CgroupTree, paths: Iterable[str],
+                        known: Optional[PodNetwork]) -> Optional[PodNetwork]:
     """By any process of these groups that has one. Its pid is taken from its group: one that is remembered may be another
     process by now."""
     pids = filter(None, (read_first_pid(roots, tree, path) for path in paths))
@@ -2960,9 +2966,10 @@ def fetch_lists(roots: Roots, options: argparse.Namespace, memory: PodsMemory, d
         memory = keep_runtime(roots, options.cri_socket, memory, deadline, tallies)
         sandboxes = fetch_now(memory.runtime, 'ListPodSandbox', deadline, tallies).items
         containers = fetch_now(memory.runtime, 'ListContainers', deadline, tallies).items
-        pods = {data: memory.pods.get(data) or build_listed_pod(cri.PodSandbox.FromString(data)) for data in sandboxes}
-        return memory._replace(pods=pods, containers={
-            data: memory.containers.get(data) or build_listed_container(cri.Container.FromString(data)) for data in containers}), None
+        return memory._replace(
+            pods={data: memory.pods.get(data) or build_listed_pod(cri.PodSandbox.FromString(data)) for data in sandboxes},
+            containers={data: memory.containers.get(data) or build_listed_container(cri.Container.FromString(data))
+                        for data in containers}), None
     except CriError as error:
         return memory, error
     except DecodeError as error:

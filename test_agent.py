@@ -1134,9 +1134,14 @@ class FilesTest(AgentTest):
 # --- files that stay open
 
 class OpenFilesTest(AgentTest):
+    def open(self, *paths):
+        files = agent.OpenFiles(len(paths))
+        files.descriptors[:] = [agent.open_file(*path) for path in paths]
+        return files
+
     def test_what_they_say_is_read_from_their_beginning_each_time(self):
         root = self.tree({'a': '1\n', 'b': ''})
-        files = agent.OpenFiles([agent.open_file(root, name) for name in ('a', 'none', 'b')])
+        files = self.open((root, 'a'), (root, 'none'), (root, 'b'))
         self.assertEqual((b'1\n', None, b''), agent.read_open_files(files.descriptors))
         write_tree(root, {'a': '22\n'})
         self.assertEqual((b'22\n', None, b''), agent.read_open_files(files.descriptors))
@@ -1144,14 +1149,14 @@ class OpenFilesTest(AgentTest):
     def test_one_that_has_gone_is_none_and_the_others_are_read(self):
         """As a control group's, whose files answer ENODEV then; a process's answer ESRCH."""
         with subprocess.Popen(['sleep', '60']) as process:
-            files = agent.OpenFiles([agent.open_file('/proc', f'{process.pid}/statm'), agent.open_file('/proc', 'self/statm')])
+            files = self.open(('/proc', f'{process.pid}/statm'), ('/proc', 'self/statm'))
             self.assertTrue(all(agent.read_open_files(files.descriptors)))
             process.kill()
         gone, present = agent.read_open_files(files.descriptors)
         self.assertEqual((None, True), (gone, bool(present)))
 
     def test_other_errors_are_the_callers(self):
-        files = agent.OpenFiles([agent.open_file('/proc', 'self/statm'), agent.open_file('/proc/self', 'mem')])
+        files = self.open(('/proc', 'self/statm'), ('/proc/self', 'mem'))
         with self.assertRaises(OSError):
             agent.read_open_files(files.descriptors)
 
@@ -2369,6 +2374,13 @@ class CgroupFilesTest(AgentTest):
             memory = wire.CgroupMetrics.FromString(agent.collect_cgroup(roots, tree, 'a', known._replace(due=due)).serialized).memory
             self.assertEqual(expected, (memory.current_bytes, memory.max_bytes))
 
+    def test_file_that_was_absent_is_looked_for_when_the_limits_are(self):
+        roots, tree, known = self.known_group({name: text for name, text in GROUP_V2.items() if name != 'pids.current'})
+        write_tree(self.root, {'sys/fs/cgroup/a/pids.current': '31\n', 'sys/fs/cgroup/a/memory.current': '98\n'})
+        for due, expected in ((known.due, 0), (0, 31)):
+            group = agent.collect_cgroup(roots, tree, 'a', known._replace(due=due))
+            self.assertEqual(expected, wire.CgroupMetrics.FromString(group.serialized).pids.current)
+
     def test_group_at_rest_is_the_same_and_not_read_to_its_end(self):
         for version, files in ((2, agent.GROUP_FILES_V2), (1, agent.GROUP_FILES_V1)):
             roots, tree, known = self.known_group(version=version)
@@ -2402,8 +2414,10 @@ class CgroupFilesTest(AgentTest):
         before = len(os.listdir('/proc/self/fd'))
         roots, tree, known = self.known_group()
         self.assertEqual(before + len(agent.GROUP_FILES_V2), len(os.listdir('/proc/self/fd')))
-        known = agent.collect_cgroup(roots, tree, 'a', known._replace(due=0))
+        again = agent.collect_cgroup(roots, tree, 'a', known._replace(due=0))
+        self.assertIs(known.files, again.files)
         self.assertEqual(before + len(agent.GROUP_FILES_V2), len(os.listdir('/proc/self/fd')))
+        del again
         del known
         self.assertEqual(before, len(os.listdir('/proc/self/fd')))
 
