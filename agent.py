@@ -451,8 +451,7 @@ def use_bundle(environment: Mapping[str, str]) -> None:
 
 @contextlib.contextmanager
 def import_spared(stand_ins: Mapping[str, Any]) -> Iterator[None]:
-    """Modules that are not to be imported, and what takes their place: None is one that is not there. grpc brings its asyncio
-    half along, and asyncio takes ssl where there is one: 5 MB and 13 ms of the start, and nothing here uses them."""
+    """Modules that are not to be imported meanwhile, and what takes their place: None is one that is not there."""
     spared = {name: stand_in for name, stand_in in stand_ins.items() if name not in sys.modules}
     sys.modules.update(spared)
     try:
@@ -468,6 +467,7 @@ os.environ.setdefault('GRPC_VERBOSITY', 'NONE')
 # Its handlers of fork(2) are for programs that go on in the child; they get in the way of tests, which only exec there.
 os.environ.setdefault('GRPC_ENABLE_FORK_SUPPORT', '0')
 try:
+    # grpc brings its asyncio half along, and asyncio takes ssl where there is one: 5 MB and 13 ms of the start, for nothing.
     with import_spared({'grpc.aio': types.ModuleType('grpc.aio'), 'ssl': None}):
         import grpc
     from google.protobuf.message import DecodeError
@@ -4558,7 +4558,9 @@ def http_answer(published: Published, path: str, accept: str) -> Tuple[int, str,
 
 def http_handler(published: Published) -> Any:
     """The class that answers one request."""
-    import http.server
+    # http.client, which comes along, takes ssl where there is one.
+    with import_spared({'ssl': None}):
+        import http.server
 
     class Handler(http.server.BaseHTTPRequestHandler):
         timeout = HTTP_TIMEOUT_SECONDS

@@ -6227,6 +6227,10 @@ class FrugalTest(unittest.TestCase):
         names = ('_ssl', 'ssl', '_hashlib', 'html', 'difflib', 'gzip', 'google.protobuf.json_format', 'grpc.aio', 'http.server')
         self.assertEqual([], self.run_python(f'print(*(name for name in {names} if name in sys.modules))'))
 
+    def test_a_server_without_tls_needs_no_ssl(self) -> None:
+        self.assertEqual(['True', 'False'], self.run_python(
+            'agent.http_handler(agent.Published(5)); print("http.server" in sys.modules, "ssl" in sys.modules)'))
+
     def test_ssl_can_be_imported_later(self) -> None:
         self.assertEqual(['True'], self.run_python('import ssl; print(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).check_hostname)'))
 
