@@ -4381,6 +4381,15 @@ class CgroupsTest(AgentTest):
                     for link in pod.network_interfaces])
                 self.assertIs(network, agent.collect_pod_network(roots_below(root), tree, [APP], network))
 
+    def test_counters_of_a_pod_are_those_of_now_and_of_the_process_of_now(self):
+        tree, root = agent.CgroupTree(2, {'': 'fs/cgroup'}), self.tree({'proc/8/net/dev': 'eth0: ' + '9 ' * 16})
+        known, seen = None, []
+        for pid, number in ((7, 1), (7, 1), (7, 2), (8, 9)):
+            write_tree(root, {'sys/fs/cgroup/a/cgroup.procs': f'{pid}\n', 'proc/7/net/dev': 'eth0: ' + f'{number} ' * 16})
+            before, known = known, agent.collect_pod_network(roots_below(root), tree, ['a'], known)
+            seen.append((wire.PodMetrics.FromString(known.serialized).network_interfaces[0].counters.rx_bytes, known is before))
+        self.assertEqual([(1, False), (1, True), (2, False), (9, False)], seen)
+
     def test_network_is_that_of_the_first_process_that_has_one(self):
         """A zombie has no net/dev; another procfs may not have the process at all."""
         tree, dev = agent.CgroupTree(2, {'': 'fs/cgroup'}), 'eth0: ' + '1 ' * 16 + '\n'
@@ -4531,6 +4540,15 @@ class KernelSideTest(ServerTest):
         app, side = self.kernel_cycle(second.after).message[0].container_metrics
         self.assertEqual((999999, 1000), (app.cgroup.cpu.usage_usec, side.cgroup.cpu.usage_usec))
         self.assertGreater(app.cpu_metrics.usage_nano_cores.value, 0)
+
+    def test_each_part_has_the_moment_at_which_the_group_was_read(self) -> None:
+        self.groups[APP].update({'memory.swap.current': '5\n'})
+        self.start()
+        before = time.time_ns()
+        part = self.kernel_cycle(self.kernel_cycle().after)
+        app = part.message[0].container_metrics[0]
+        self.assertEqual({app.cgroup.timestamp_ns}, {app.cpu_metrics.timestamp, app.memory_metrics.timestamp, app.swap_metrics.timestamp})
+        self.assertTrue(before < app.cgroup.timestamp_ns <= time.time_ns())
 
     def test_container_that_appears_in_a_pod_at_rest_is_read(self) -> None:
         runtime = self.start([APP])
