@@ -653,6 +653,14 @@ def read_open_files(descriptors: Sequence[Optional[int]]) -> Tuple[Optional[byte
         return tuple(map(read_open_file, descriptors))
 
 
+def close_silent_files(files: OpenFiles, texts: Sequence[Optional[bytes]]) -> None:
+    """Those that have gone, or say nothing to anybody, so that they are opened again like others that were absent."""
+    for number, text in enumerate(texts):
+        if text is None and files.descriptors[number] is not None:
+            os.close(files.descriptors[number])
+            files.descriptors[number] = None
+
+
 def open_files_limit() -> int:
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return MAX_OPEN_FILES if soft == resource.RLIM_INFINITY else min(soft, MAX_OPEN_FILES)
@@ -1691,8 +1699,8 @@ def parse_uptime(text: str) -> int:
 
 # --- cgroup files
 
-# How long limits and weights are taken to stay as they are.
-LIMITS_SECONDS = 60
+# How often all of a group is read, limits and weights included.
+READ_AGAIN_SECONDS = 60
 # cgroup v1 says "no limit" with the largest multiple of a page below 2**63.
 V1_NO_LIMIT_BYTES = 2**63 - 65536
 
@@ -2001,7 +2009,8 @@ def collect_limits_v1(roots: Roots, tree: CgroupTree, path: str) -> Limits:
 class CgroupVersion(NamedTuple):
     """What differs between v1 and v2. Of the files, a group has one of the first `essential` as long as it is there; and when
     the first `telling` say what they said, no process of the group has run, waited or done I/O, and nobody has taken memory
-    from it: the others say what they said as well."""
+    from it: the others are not read then. What the kernel does to a group at rest, as to move pages between memory.stat's
+    lists, is seen when all of it is read again."""
     files: Tuple[GroupFile, ...]
     essential: int
     telling: int
@@ -2037,11 +2046,12 @@ def collect_cgroup(roots: Roots, tree: CgroupTree, path: str, known: Optional[Cg
         # A unit that was started again has another group under the same path.
         return collect_cgroup(roots, tree, path, None) if known else None
     texts = telling + read_open_files(files.descriptors[version.telling:])
+    close_silent_files(files, texts)
     limits = version.collect_limits(roots, tree, path) if due else known.limits
     metrics = version.build(path, limits, *parse_group(version.files, texts))
     usage_usec = metrics.cpu.usage_usec if metrics.cpu.HasField('usage_usec') else None
     return Cgroup(files if known and known.files or may_stay_open(files) else None, telling, limits,
-                  now + LIMITS_SECONDS if due else known.due, usage_usec, metrics.SerializeToString(),
+                  now + READ_AGAIN_SECONDS if due else known.due, usage_usec, metrics.SerializeToString(),
                   build_container_use(metrics.memory).SerializeToString())
 
 
@@ -2121,8 +2131,8 @@ CRI_SERVICES = ('runtime.v1.RuntimeService', 'runtime.v1alpha2.RuntimeService')
 # The methods the agent calls. They only read.
 CRI_ANSWERS = {
     'Version': cri.VersionResponse,
-    'ListPodSandbox': cri.SerializedList,
-    'ListContainers': cri.SerializedList,
+    'ListPodSandbox': cri.ListPodSandboxResponse,
+    'ListContainers': cri.ListContainersResponse,
     'ListContainerStats': cri.SerializedStatsList,
     'ContainerStatus': cri.ContainerStatusResponse,
     'Status': cri.StatusResponse,
@@ -2418,11 +2428,10 @@ def build_pod_interface(name: str, counters: NetDev) -> wire.PodInterface:
     return wire.PodInterface(name=name, counters=build_interface_counters(counters))
 
 
-def build_pod_network(pid: str, host: bool, text: Optional[bytes]) -> PodNetwork:
-    """The interfaces but lo, none of a pod in the node's network."""
-    counters = {} if host else parse_net_dev(text.decode(errors='replace'))
+def build_pod_network(host: bool, counters: Dict[str, NetDev]) -> wire.PodMetrics:
+    """The interfaces but lo; those of a pod in the node's network are not its own."""
     interfaces = [build_pod_interface(*item) for item in counters.items() if item[0] != 'lo']
-    return PodNetwork(pid, host, text, wire.PodMetrics(host_network=host, network_interfaces=interfaces).SerializeToString())
+    return wire.PodMetrics(host_network=host, network_interfaces=[] if host else interfaces)
 
 
 def collect_process_network(roots: Roots, pid: str, known: Optional[PodNetwork]) -> Optional[PodNetwork]:
@@ -2436,7 +2445,8 @@ def collect_process_network(roots: Roots, pid: str, known: Optional[PodNetwork])
     if not text:
         return None
     host = not same and same_network(roots.procfs, pid, roots.procfs, '1')
-    return build_pod_network(pid, host, None if host else text)
+    metrics = build_pod_network(host, parse_net_dev(text.decode(errors='replace')))
+    return PodNetwork(pid, host, text, metrics.SerializeToString())
 
 
 def collect_pod_network(roots: Roots, tree: CgroupTree, paths: Iterable[str],
@@ -2453,7 +2463,8 @@ def collect_reading(roots: Roots, tree: CgroupTree, path: str, last: Optional[Cg
     return CgroupReading(cgroup, time.time_ns(), time.monotonic_ns()) if cgroup else None
 
 
-def find_pod_group(paths: Iterable[str], uid: str) -> PodView:
+def pod_place(paths: Iterable[str], uid: str) -> PodView:
+    """Where a pod's group is, and the class that this means; nothing of it is read."""
     path = next(filter(None, (pod_cgroup_path(path, uid) for path in paths)), None)
     return PodView(path, wire.PodMetrics(qos_class=qos_class(path)).SerializeToString())
 
@@ -2468,7 +2479,7 @@ def collect_pod_view(roots: Roots, memory: CgroupsMemory, uid: str, ids: Sequenc
     paths = [memory.paths[id] for id in ids if id in memory.paths]
     if memory.tree is None or not paths:
         return PodView()
-    view = last if last.path else find_pod_group(paths, uid)
+    view = last if last.path else pod_place(paths, uid)
     view = view._replace(reading=collect_reading(roots, memory.tree, view.path, last.reading) if view.path else None)
     network = None
     if last.network and is_at_rest(view, last):
@@ -2483,7 +2494,8 @@ def collect_container_groups(roots: Roots, memory: CgroupsMemory, ids: Iterable[
     readings, failure = {}, None
     for id in (id for id in ids if id in memory.paths):
         known = memory.readings.get(id)
-        if known and is_at_rest(view, last):
+        below = view.path is not None and memory.paths[id].startswith(f'{view.path}/')
+        if known and below and is_at_rest(view, last) and time.monotonic() < known.cgroup.due:
             readings[id] = CgroupReading(known.cgroup, view.reading.timestamp_ns, view.reading.clock_ns)
             continue
         try:
@@ -2578,9 +2590,9 @@ class PodsMemory(NamedTuple):
     cpu_usage: Dict[str, CpuUsage] = {}
     cgroups: CgroupsMemory = CgroupsMemory()
     statuses: Dict[str, KnownStatus] = {}
-    # By what the runtime said of them, byte for byte.
-    pods: Dict[bytes, ListedPod] = {}
-    containers: Dict[bytes, ListedContainer] = {}
+    # By id.
+    pods: Dict[str, ListedPod] = {}
+    containers: Dict[str, ListedContainer] = {}
 
 
 class Inventory(NamedTuple):
@@ -2958,22 +2970,30 @@ def another_socket(roots: Roots, socket_path: Optional[str], runtime: Runtime) -
     return any(path != runtime.socket and read_socket_inode(path) for path in collect_endpoints(roots, socket_path))
 
 
+def keep_listed(known: Mapping[str, Row], items: Iterable[Any], build: Callable[[Any], Row]) -> Dict[str, Row]:
+    """By id what `build` makes of pods or containers. Of one that is known only the state may be another by now (cri-api: labels
+    and annotations are those that it was made with)."""
+    listed = {}
+    for item in items:
+        last = known.get(item.id)
+        listed[item.id] = last if last and last.state == item.state else build(item)
+    return listed
+
+
 def fetch_lists(roots: Roots, options: argparse.Namespace, memory: PodsMemory, deadline: float,
                 tallies: Dict[str, CallTally]) -> Tuple[PodsMemory, Optional[CriError]]:
-    """The runtime's pods and containers, each parsed only where it is listed otherwise than in the last cycle; or why there are
-    none before the deadline (an instant of the monotonic clock)."""
+    """The runtime's pods and containers; or why there are none before the deadline (an instant of the monotonic clock)."""
     try:
         memory = keep_runtime(roots, options.cri_socket, memory, deadline, tallies)
         sandboxes = fetch_now(memory.runtime, 'ListPodSandbox', deadline, tallies).items
-        containers = fetch_now(memory.runtime, 'ListContainers', deadline, tallies).items
-        return memory._replace(
-            pods={data: memory.pods.get(data) or build_listed_pod(cri.PodSandbox.FromString(data)) for data in sandboxes},
-            containers={data: memory.containers.get(data) or build_listed_container(cri.Container.FromString(data))
-                        for data in containers}), None
+        containers = fetch_now(memory.runtime, 'ListContainers', deadline, tallies).containers
+        return memory._replace(pods=keep_listed(memory.pods, sandboxes, build_listed_pod),
+                               containers=keep_listed(memory.containers, containers, build_listed_container)), None
     except CriError as error:
-        return memory, error
-    except DecodeError as error:
-        return memory, CriError(f'ListPodSandbox, ListContainers: unintelligible: {error}')
+        # Another one, whose traceback does not keep the memory, and so the open files, of this cycle.
+        return memory, CriError(str(error), error.code)
+    except (ValueError, OSError) as error:
+        return memory, CriError(f'unintelligible: {error}')
 
 
 def collect_pods(roots: Roots, options: argparse.Namespace, memory: PodsMemory, error: Optional[CriError], deadline: float,
@@ -3672,7 +3692,7 @@ def count_open_files(run: Run, now: float) -> Optional[int]:
         if size:
             return size
     if now >= run.open_files_due:
-        run.open_files, run.open_files_due = len(read_names('/proc', 'self/fd')) or None, now + LIMITS_SECONDS
+        run.open_files, run.open_files_due = len(read_names('/proc', 'self/fd')) or None, now + READ_AGAIN_SECONDS
     return run.open_files
 
 
@@ -5311,7 +5331,7 @@ def show(before: Optional[wire.Metrics], metrics: wire.Metrics, output: str) -> 
 
 
 def hand_over(before: Optional[wire.Metrics], data: bytes, outlets: Outlets) -> Tuple[Optional[wire.Metrics], Dict[str, str]]:
-    """A serialised snapshot to each outlet; gives the one to compare the next with, where people look, and what went wrong."""
+    """A serialised snapshot to each outlet; gives the one to compare the next with, where rates are shown, and what went wrong."""
     failures: Dict[str, str] = {}
     if outlets.published:
         publish(outlets.published, data)
@@ -5330,7 +5350,7 @@ def hand_over(before: Optional[wire.Metrics], data: bytes, outlets: Outlets) -> 
         raise
     except OSError as error:
         failures['output'] = error.strerror
-    return metrics, failures
+    return metrics if outlets.live or outlets.output == 'table' else None, failures
 
 
 def run_once(roots: Roots, options: argparse.Namespace) -> int:
