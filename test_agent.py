@@ -7223,8 +7223,8 @@ class RealRuntimeTest(unittest.TestCase):
 # --- README
 
 README = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'README.md')
-# Of other programs: build_zipapp.sh, systemctl, protoc.
-FOREIGN_FLAGS = {'--native', '--now', '--proto_path', '--python_out'}
+# Of other programs: build_zipapp.sh, systemctl, protoc, .ci/bench.
+FOREIGN_FLAGS = {'--native', '--now', '--proto_path', '--python_out', '--short'}
 PROMISE = ("every snapshot taken is delivered at least once while it is younger than the retention, whatever the relay, the runtime, "
            "the kernel's files or the disk do; the agent neither hangs nor grows nor needs a restart")
 
