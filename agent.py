@@ -2820,9 +2820,8 @@ def fetch_conditions(runtime: Runtime, health: Health, deadline: float, tallies:
 
 def fetch_image_sizes(runtime: Runtime, health: Health, deadline: float, tallies: Dict[str, CallTally]) -> Health:
     """What the images take. CriError."""
-    service = runtime.service.replace('RuntimeService', 'ImageService')
-    call = start_call(runtime.channel, service, 'ImageFsInfo', seconds_until(deadline))
-    return health._replace(image_file_systems=fetch(call, tallies).image_filesystems)
+    images = runtime._replace(service=runtime.service.replace('RuntimeService', 'ImageService'))
+    return health._replace(image_file_systems=fetch_now(images, 'ImageFsInfo', deadline, tallies).image_filesystems)
 
 
 def fetch_health(runtime: Runtime, health: Health, deadline: float, tallies: Dict[str, CallTally],
