@@ -98,7 +98,7 @@ for arch in $arches; do cat "$BUILD/bundle-$arch.txt"; done >"$BUILD/stage/bundl
 cp agent.py cri_pb2.py kubensage_pb2.py "$BUILD/stage/"
 chmod 644 "$BUILD"/stage/*
 # As zipapp -m writes it, which would give it the time of day; and zipapp takes the files in the order of the directory.
-printf 'import agent\nagent.run_archive()\n' >"$BUILD/stage/__main__.py"
+printf 'import sys\n\nimport agent\nsys.exit(agent.main())\n' >"$BUILD/stage/__main__.py"
 chmod 644 "$BUILD"/stage/*
 TZ=UTC touch -d 1980-01-01T00:00:00 "$BUILD"/stage/*
 rm -f "$BUILD/kubensage-agent.zip"
