@@ -910,16 +910,14 @@ def parse_pressure(file: str, text: str) -> Dict[str, Dict[str, float]]:
     for stall in pressure.values():
         if not PRESSURE_NUMBERS <= stall.keys() or not stall['total'].is_integer():
             raise ValueError(f'{file}: malformed: {text[:200]!r}')
+        stall['total'] = int(stall['total'])
     return pressure
 
 
-def fill_pressure(message: wire.PsiMetrics, pressure: Mapping[str, Mapping[str, float]]) -> None:
-    """By name, not by a loop: a busy node has a thousand of these files, and a loop takes twice the time."""
+def fill_pressure(message: Any, pressure: Mapping[str, Mapping[str, float]], fill_stall: Callable[..., None]) -> None:
     for kind in ('some', 'full'):
         if kind in pressure:
-            data, stall = getattr(message, kind), pressure[kind]
-            data.avg10.value, data.avg60.value, data.avg300.value = stall['avg10'], stall['avg60'], stall['avg300']
-            data.total.value = int(stall['total'])
+            fill_stall(getattr(message, kind), pressure[kind])
         elif message.HasField(kind):
             message.ClearField(kind)
 
@@ -929,7 +927,8 @@ def collect_pressure(node: wire.NodeMetrics, roots: Roots) -> None:
     for name in ('cpu', 'memory', 'io', 'irq'):
         text = read_text(roots.procfs, f'pressure/{name}')
         if text:
-            fill_pressure(getattr(node, f'psi_{name}_metrics'), parse_pressure(f'pressure/{name}', text))
+            message, pressure = getattr(node, f'psi_{name}_metrics'), parse_pressure(f'pressure/{name}', text)
+            fill_pressure(message, pressure, fill_wrapped)
 
 
 # --- processes
@@ -1187,15 +1186,15 @@ def collect_link(interface: wire.InterfaceStat, roots: Roots) -> None:
     interface.flags.extend(name for name, bit in INTERFACE_FLAGS if flags & bit)
 
 
-def collect_pod_side(interface: wire.InterfaceStat, roots: Roots, packets: int, link: Link, cycle: Cycle) -> None:
+def collect_pod_side(roots: Roots, name: str, packets: int, link: Link, cycle: Cycle) -> wire.InterfaceStat:
     """The node's end of a pod's interface, of which there may be hundreds: read once a minute, and when it counts anew,
     because then it is another pod's."""
     if cycle.now >= link.due or packets < link.packets:
-        link.message = wire.InterfaceStat(name=interface.name)
+        link.message = wire.InterfaceStat(name=name)
         collect_link(link.message, roots)
         link.due = cycle.due_again(first=not link.due)
     link.packets = packets
-    interface.CopyFrom(link.message)
+    return link.message
 
 
 def collect_network(node: wire.NodeMetrics, roots: Roots, links: Dict[str, Link], cycle: Cycle) -> None:
@@ -1204,11 +1203,12 @@ def collect_network(node: wire.NodeMetrics, roots: Roots, links: Dict[str, Link]
     for name in links.keys() - counters.keys():
         del links[name]
     for name, columns in counters.items():
-        interface = node.network_interfaces.add(name=name)
+        interface = node.network_interfaces.add()
         if POD_SIDE_INTERFACE.match(name):
-            packets = columns['rx_packets'] + columns['tx_packets']
-            collect_pod_side(interface, roots, packets, links.setdefault(name, Link()), cycle)
+            link, packets = links.setdefault(name, Link()), columns['rx_packets'] + columns['tx_packets']
+            interface.CopyFrom(collect_pod_side(roots, name, packets, link, cycle))
             continue
+        interface.name = name
         collect_link(interface, roots)
         directory = f'class/net/{name}'
         carrier, speed = read_int(roots.sysfs, f'{directory}/carrier'), read_int(roots.sysfs, f'{directory}/speed')
@@ -1217,8 +1217,8 @@ def collect_network(node: wire.NodeMetrics, roots: Roots, links: Dict[str, Link]
                    speed_mbits=speed if speed and speed > 0 else None)
         fill(interface.counters, columns)
     if counters:
-        total = {column: sum(columns[column] for columns in counters.values()) for column in NET_DEV_COLUMNS}
-        fill(node.net_usage, {f'total_{field}': total[column] for field, column in NET_USAGE.items()})
+        fill(node.net_usage, {f'total_{field}': sum(columns[column] for columns in counters.values())
+                              for field, column in NET_USAGE.items()})
 
 
 # --- addresses
@@ -1333,10 +1333,11 @@ def primary_address(addresses: Iterable[Address], routes: Iterable[Route], index
 def collect_addresses(node: wire.NodeMetrics, roots: Roots) -> None:
     """The addresses of the interfaces that the message has already."""
     addresses = parse_addresses(read_addresses(roots))
-    for interface in node.network_interfaces:
-        interface.addrs.extend(f'{address.address}/{address.prefix_length}' for address in addresses
-                               if interface.HasField('index') and address.index == interface.index)
-    indexes = {interface.name: interface.index for interface in node.network_interfaces if interface.HasField('index')}
+    interfaces = {interface.index: interface for interface in node.network_interfaces if interface.HasField('index')}
+    for address in addresses:
+        if address.index in interfaces:
+            interfaces[address.index].addrs.append(f'{address.address}/{address.prefix_length}')
+    indexes = {interface.name: index for index, interface in interfaces.items()}
     for family, field, routes in (
             (socket.AF_INET, node.primary_ipv4, parse_route(read_net(roots, 'route'))),
             (socket.AF_INET6, node.primary_ipv6, parse_ipv6_route(read_net(roots, 'ipv6_route')))):
@@ -1541,8 +1542,9 @@ class GroupFile(NamedTuple):
 
 
 class Group:
-    """A cgroup that is read in each cycle: its open files, what each file said, when its SELDOM files are due, when
-    it was read (both by the monotonic clock), and whether it had changed then."""
+    """A cgroup that is read in each cycle: its open files, when its SELDOM files are due and when it was read
+    (monotonic clock), whether it had changed then, and on v1 what was in its files. Of what each file said it keeps a
+    hash: the texts of 440 groups take 1.2 MB."""
 
     due = 0.0
     clock_ns = 0
@@ -1551,7 +1553,8 @@ class Group:
     def __init__(self, path: str):
         self.path = path
         self.files = OpenFiles(0)
-        self.texts: List[Optional[bytes]] = []
+        self.hashes: List[int] = []
+        self.v1_files: Dict[str, Any] = {}
 
 
 def read_cgroup_tree(roots: Roots) -> Optional[CgroupTree]:
@@ -1694,7 +1697,7 @@ def from_v1(files: Mapping[str, Any]) -> Dict[str, Any]:
             **scaled(files['cpu/cpu.stat'], {'throttled_time': 'throttled_usec'}, 1, 1000),
             **scaled(files['cpuacct/cpuacct.stat'], {'user': 'user_usec', 'system': 'system_usec'},
                      10**6, TICKS_PER_SECOND)},
-        'cpu.max': quota and {'quota_usec': quota, 'period_usec': number('cpu/cpu.cfs_period_us')},
+        'cpu.max': {'quota_usec': quota, 'period_usec': number('cpu/cpu.cfs_period_us')} if quota else None,
         'cpu.shares': number('cpu/cpu.shares'),
         'memory.current': current,
         'memory.peak': number('memory/memory.max_usage_in_bytes'),
@@ -1735,7 +1738,7 @@ def fill_group_file(message: wire.CgroupMetrics, name: str, value: Any) -> None:
     if value is None or value == {}:
         return message.ClearField(field) if message.HasField(field) else None
     if field == 'pressure':
-        return fill_pressure(message.pressure, value)
+        return fill_pressure(message.pressure, value, fill)
     if isinstance(value, dict):
         return fill(getattr(message, field), value)
     return setattr(message, field, value)
@@ -1743,8 +1746,6 @@ def fill_group_file(message: wire.CgroupMetrics, name: str, value: Any) -> None:
 
 # By name the path of the field. v1 has cpu.shares, which v2 lacks.
 GROUP_PLACES = {name: name.split('.') for name in ('cpu.shares', *(file.name for file in GROUP_FILES[2]))}
-# In place of what a file said, before it was read.
-UNREAD = object()
 # How many of the files are markers, and how many are read often; these stay open.
 MARKERS, OFTEN = ({version: sum(file.when <= when for file in files) for version, files in GROUP_FILES.items()}
                   for when in (MARKER, USUAL))
@@ -1760,13 +1761,13 @@ def open_group(roots: Roots, tree: CgroupTree, group: Group) -> OpenFiles:
 
 
 def read_group(roots: Roots, tree: CgroupTree, group: Group, cycle: Cycle) -> Optional[List[Optional[bytes]]]:
-    """What the group's files say; the list of the previous cycle itself where no marker has changed. None where the
+    """What the group's files say, without those that are not due; nothing where no marker has changed. None where the
     group is gone."""
-    due, count = cycle.now >= group.due or not group.texts, MARKERS[tree.version]
+    due, count = cycle.now >= group.due or not group.hashes, MARKERS[tree.version]
     files = open_group(roots, tree, group) if due or not group.files.descriptors else group.files
     markers = read_open_files(files.descriptors[:count])
-    if not due and markers == group.texts[:count]:
-        return group.texts
+    if not due and list(map(hash, markers)) == group.hashes[:count]:
+        return []
     if not any(markers):
         return None
     texts = markers + read_open_files(files.descriptors[count:])
@@ -1778,34 +1779,38 @@ def read_group(roots: Roots, tree: CgroupTree, group: Group, cycle: Cycle) -> Op
     # Descriptors are given out from the lowest number on: one near the limit means that few are left.
     if files is not group.files and max(filter(None, files.descriptors)) < open_files_limit() - SPARE_DESCRIPTORS:
         group.files = files
-    if not due:
-        return texts + group.texts[OFTEN[tree.version]:]
-    group.due = cycle.due_again(first=not group.texts)
-    return texts + [read_small(roots.sysfs, tree.file_path(group.path, file.name))
-                    for file in GROUP_FILES[tree.version][OFTEN[tree.version]:]]
+    if due:
+        group.due = cycle.due_again(first=not group.hashes)
+        texts += [read_small(roots.sysfs, tree.file_path(group.path, file.name))
+                  for file in GROUP_FILES[tree.version][OFTEN[tree.version]:]]
+    return texts
 
 
 def collect_cgroup(message: wire.CgroupMetrics, roots: Roots, tree: CgroupTree, group: Group, cycle: Cycle) -> bool:
     """Write into the message what the group's files say anew. False where the group is gone."""
     texts = read_group(roots, tree, group, cycle)
-    if texts is None and group.texts:
+    if texts is None and group.hashes:
         # A unit that was started again has another group under the same path.
-        group.files, group.texts, group.due = OpenFiles(0), [], 0.0
+        group.files, group.hashes = OpenFiles(0), []
         texts = read_group(roots, tree, group, cycle)
     if texts is None:
         return False
-    message.timestamp_ns, group.clock_ns, group.changed = time.time_ns(), time.monotonic_ns(), texts is not group.texts
+    message.timestamp_ns, group.clock_ns, group.changed = time.time_ns(), time.monotonic_ns(), bool(texts)
     if not group.changed:
         return True
-    # On v1 one value of v2 may be made of several files.
+    hashes = list(map(hash, texts))
+    said = zip(GROUP_FILES[tree.version], texts, hashes, group.hashes or itertools.repeat(None))
     files = {file.name: None if text is None else file.parse(file.name, text.decode(errors='replace'))
-             for file, text, previous in zip(GROUP_FILES[tree.version], texts, group.texts or itertools.repeat(UNREAD))
-             if text != previous or tree.version == 1}
-    for name, value in (files if tree.version == 2 else from_v1(files)).items():
+             for file, text, number, previous in said if number != previous}
+    if tree.version == 1:
+        # One value of v2 may be made of several files.
+        group.v1_files.update(files)
+        files = from_v1(group.v1_files)
+    for name, value in files.items():
         fill_group_file(message, name, value)
-    if not group.texts:
+    if not group.hashes:
         message.path = group.path
-    group.texts = texts
+    group.hashes[:len(hashes)] = hashes
     return True
 
 
@@ -2361,36 +2366,36 @@ def fill_usage_from_cgroup(container: Container) -> None:
     fill_cpu_metrics(container, sample, cgroup.timestamp_ns)
 
 
-def fill_from_cri(message: Any, said: Any, prefix: str = '') -> None:
-    """CRI's wrappers, with a prefix before their names, into ours, and the time. With the same time everything is the
-    same."""
+def fill_file_system(message: wire.FileSystemMetrics, said: cri.FilesystemUsage) -> None:
+    """A writable layer, or the file system of the images. With the same time everything is the same."""
     if said.timestamp and message.timestamp == said.timestamp:
         return
     message.timestamp = said.timestamp
-    for name in field_names(type(message)):
-        if name in ('timestamp', 'mountpoint'):
-            continue
-        if said.HasField(prefix + name):
-            getattr(message, name).value = getattr(said, prefix + name).value
-        elif message.HasField(name):
-            message.ClearField(name)
-
-
-def fill_file_system(message: wire.FileSystemMetrics, said: cri.FilesystemUsage) -> None:
-    """A writable layer, or the file system of the images."""
     fill_text(message, 'mountpoint', said.fs_id.mountpoint)
-    fill_from_cri(message, said)
+    fill_wrapped(message, {name: getattr(said, name).value if said.HasField(name) else None
+                           for name in ('used_bytes', 'inodes_used')})
+
+
+def fill_from_cri(message: Any, said: Any) -> None:
+    """Memory and swap, whose messages have the same numbers and types in CRI. Merging writes in place, in a third of
+    the time of field by field. What it leaves of the previous cycle shows by the size."""
+    said.DiscardUnknownFields()
+    data = said.SerializeToString()
+    message.MergeFromString(data)
+    if message.ByteSize() != len(data):
+        message.Clear()
+        message.MergeFromString(data)
 
 
 def fill_usage_from_cri(container: Container, stats: Optional[cri.ContainerStats]) -> None:
     """Of a container that has no group, or whose group is not read."""
-    message, cpu, sample = container.message, stats.cpu if stats else cri.CpuUsage(), None
-    for part, prefix in (('memory', ''), ('swap', 'swap_')):
-        field = f'{part}_metrics'
-        if stats and stats.HasField(part):
-            fill_from_cri(getattr(message, field), getattr(stats, part), prefix)
+    message, stats, sample = container.message, stats or cri.ContainerStats(), None
+    for part, field in (('memory', 'memory_metrics'), ('swap', 'swap_metrics')):
+        if stats.HasField(part):
+            fill_from_cri(getattr(message, field), getattr(stats, part))
         elif message.HasField(field):
             message.ClearField(field)
+    cpu = stats.cpu
     if cpu.HasField('usage_core_nano_seconds'):
         sample = UsageSample('cri', cpu.timestamp, cpu.usage_core_nano_seconds.value)
     fill_cpu_metrics(container, sample, cpu.timestamp, cpu.usage_nano_cores.value)
@@ -3767,7 +3772,7 @@ CGROUP_SAMPLES = (
     ('oom_events_total', 'OOM kills.', 'memory.events.oom_kill'),
     ('processes', 'Processes and threads.', 'pids.current'),
     *((f'pressure_{name}_{word}_seconds_total', f'Time in which {text} for {name}.',
-       f'{name}.pressure.{kind}.total.value', 1e6)
+       f'{name}.pressure.{kind}.total', 1e6)
       for name in ('cpu', 'memory', 'io') for kind, word, text in STALLS),
 )
 # Also of a container whose numbers came from the runtime.

@@ -363,6 +363,11 @@ def mode_of(path):
     return stat.S_IMODE(os.stat(path).st_mode)
 
 
+def present(message):
+    """The names of the fields that are set, in the order of their numbers."""
+    return [field.name for field, _ in message.ListFields()]
+
+
 @contextlib.contextmanager
 def as_nobody():
     """As somebody who is not root: where we are root, as user 65534."""
@@ -455,7 +460,7 @@ class Case(unittest.TestCase):
 
     def main(self, *arguments, environment={}, encoding='utf-8'):
         """The agent in this process, with no arguments but these."""
-        out, err = (io.TextIOWrapper(io.BytesIO(), encoding) for _ in range(2))
+        out, err = (io.TextIOWrapper(io.BytesIO(), encoding, write_through=True) for _ in range(2))
         root, log = logging.getLogger(), logging.getLogger('kubensage-agent')
         self.addCleanup(os.umask, os.umask(0o022))
         self.addCleanup(gc.unfreeze)
@@ -470,11 +475,7 @@ class Case(unittest.TestCase):
                 code = end.code or 0
             for handler in root.handlers:
                 handler.close()
-        texts = []
-        for file in out, err:
-            file.flush()
-            texts.append(file.buffer.getvalue().decode())
-        return Result(code, *texts)
+        return Result(code, *(file.buffer.getvalue().decode() for file in (out, err)))
 
     def patch(self, **values):
         """Names of agent.py have these values until the end of the test."""
@@ -491,7 +492,7 @@ class Case(unittest.TestCase):
             self.skipTest(f'{command[0]}: {error}')
 
     def check_parse(self, parse, accepted, malformed):
-        """accepted: what it is → (text, value); malformed: what it is → (text, the part of it that the error names)."""
+        """accepted: what it is → (text, value); malformed: what it is → (text, the part that the error names)."""
         for what, (text, value) in accepted.items():
             with self.subTest(what):
                 self.assertEqual(value, parse(text))
@@ -504,6 +505,11 @@ class Case(unittest.TestCase):
         for arguments, result in table:
             with self.subTest(arguments=arguments):
                 self.assertEqual(result, function(*arguments if isinstance(arguments, tuple) else (arguments,)))
+
+    def check_close(self, listed, ours, deltas):
+        """Numbers that move between an oracle's look and ours: by no more than these."""
+        for number, value, delta in zip(listed, ours, deltas):
+            self.assertAlmostEqual(number, value, delta=delta)
 
     def settled(self, oracle, ours):
         """What both say while nothing moves: read again until the oracle says the same before and after."""
@@ -735,11 +741,10 @@ class CachePlace(BundleCase):
                 result = self.run_archive(archive=archive, environment={'KUBENSAGE_CACHE': cache}, cwd=cwd)
                 self.assert_runs(result._replace(out=result.out.replace('//', '/')))
 
-    def test_only_what_this_interpreter_needs_is_unpacked(self):
-        self.assertEqual(self.ready(), self.unpacked)
-        self.assertEqual(set(files_of(self.unpacked)), {*WANTED, *BYTE_CODE})
+    def test_files_are_unpacked_as_they_are(self):
+        tree = self.ready()
         for path, text in WANTED.items():
-            self.assertEqual(read_text(f'{self.unpacked}/{path}'), text)
+            self.assertEqual(read_text(f'{tree}/{path}'), text)
 
     def test_nobody_else_may_enter_whatever_the_umask(self):
         for umask in 0, 0o022, 0o777:
@@ -757,7 +762,8 @@ class CacheRaces(BundleCase):
         slow = '\n'.join(f'x{number} = [{number}, "a"]' for number in range(lines))
         self.use_archive(('grpc/slow.py', slow))
 
-    def test_ten_starts_at_once_all_succeed(self):
+    def test_ten_starts_at_once_all_succeed_and_leave_the_present_version_alone(self):
+        self.write({'cache/a-1.cpython-39-x/file': ''})
         self.use_slow_archive(4000)
         # Imported all it can, each waits for the end of its stdin.
         runs = [self.start_archive(stdin=subprocess.PIPE) for _ in range(10)]
@@ -789,15 +795,14 @@ class CacheRaces(BundleCase):
         prefix = f'{self.directory}/prefix'
         for given in ('', '-I', '-B', '-O', '-S -E', '-s -OO', f'PYTHONPYCACHEPREFIX={prefix}', 'PYTHONSAFEPATH=1',
                       'PYTHONDONTWRITEBYTECODE=1'):
-            variable, _, value = given.rpartition('=')
-            settings = {'environment': {variable: value}} if variable else {}
-            options = [] if variable else given.split()
+            environment = dict(re.findall('(.+)=(.+)', given))
+            options = [] if environment else given.split()
             with self.subTest(given):
                 shutil.rmtree(self.cache, ignore_errors=True)
-                self.assert_runs(self.run_archive(*options, **settings))
+                self.assert_runs(self.run_archive(*options, environment=environment))
                 before = files_of(self.unpacked)
                 self.assertEqual(set(before), {*WANTED, *BYTE_CODE})
-                self.assert_runs(self.run_archive(*options, **settings))
+                self.assert_runs(self.run_archive(*options, environment=environment))
                 self.assertEqual((files_of(self.unpacked), len(os.listdir(self.cache))), (before, 1))
                 self.assertFalse(os.path.exists(f'{prefix}{self.directory}'))
 
@@ -810,12 +815,6 @@ class CacheRaces(BundleCase):
         os.close(holder)
         agent.clean_cache(self.cache, 'a-1')
         self.assertEqual({*os.listdir(self.cache)}, {*names[:2], 'foreign'})
-
-    def test_the_present_version_stays(self):
-        for version in '12':
-            self.use_archive(('version-1.dist-info/RECORD', version))
-            self.assert_runs(self.run_archive())
-        self.assertEqual(os.listdir(self.cache), [os.path.basename(self.unpacked)])
 
     def test_running_process_holds_its_tree(self):
         self.assertTrue(agent.hold_tree(self.ready()))
@@ -871,11 +870,8 @@ class CacheAttacks(BundleCase):
     def test_hostile_member_ends_the_run(self):
         for number, member in enumerate((
                 f'{self.directory}/outside.py', '../outside.py', '../../outside.py', 'grpc/../../../outside.py', '..',
-                tar_member('link.py', type=tarfile.SYMTYPE, linkname=self.directory),
-                tar_member('link.py', type=tarfile.LNKTYPE, linkname='grpc/__init__.py'),
-                tar_member('null.py', type=tarfile.CHRTYPE, devmajor=1, devminor=3),
-                tar_member('disk.py', type=tarfile.BLKTYPE),
-                tar_member('fifo.py', type=tarfile.FIFOTYPE), tar_member('odd.py', type=b'\xfe'),
+                *(tar_member('odd.py', type=kind, linkname='grpc/__init__.py') for kind in (
+                    tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE, b'\xfe')),
                 # There is another one.
                 'grpc/__init__.py')):
             with self.subTest(str(member), number=number):
@@ -901,16 +897,13 @@ class CacheAttacks(BundleCase):
 
 
 class BundleTroubles(BundleCase):
-    def test_no_target_and_no_grpcio_is_one_line(self):
+    def test_no_target_leaves_it_to_an_installed_grpcio_and_without_one_is_one_line(self):
         archive, _ = self.build_archive(
             PACKED, f'{OTHER_SUFFIX} a.tar.xz\n.cpython-301-vax-linux-gnu.so a.tar.xz\n', 'other')
         self.assert_one_line(self.run_archive('-I', '-S', archive=archive), f'{SUFFIX[1:-3]}: other.pyz has it for '
                              'cpython-300-pdp11-linux-gnu, cpython-301-vax-linux-gnu; .*build_zipapp.sh --native')
-
-    def test_no_target_leaves_it_to_an_installed_grpcio(self):
-        archive, _ = self.build_archive(PACKED, f'{OTHER_SUFFIX} a.tar.xz\n')
-        self.write({f'installed/{path}': text for path, text in WANTED.items() if path.endswith('.py')})
         installed = f'{self.directory}/installed'
+        write_tree(installed, {path: text for path, text in WANTED.items() if path.endswith('.py')})
         self.assert_runs(self.run_archive(archive=archive, environment={'PYTHONPATH': installed}), installed)
         self.assertFalse(os.path.exists(self.cache))
 
@@ -922,15 +915,15 @@ class BundleTroubles(BundleCase):
                           ('after' + OTHER_SUFFIX, noise)])
         middle, member = len(large) // 3, f'x86_64-{hashlib.sha256(large).hexdigest()[:16]}.tar.xz'
         self.ready()
-        for name, packed, bundle in (
+        for name, packed, *bundle in (
                 ('flipped bit', large[:middle] + bytes([large[middle] ^ 1]) + large[middle + 1:], f'{SUFFIX} {member}'),
-                ('truncated', large[:middle], None), ('empty', b'', None), ('no xz', b'not xz at all', None),
-                ('no tar', lzma.compress(b'not a tar at all' * 100), None),
-                ('no module for it', pack_tar(UNWANTED.items()), None),
+                ('truncated', large[:middle]), ('empty', b''), ('no xz', b'not xz at all'),
+                ('no tar', lzma.compress(b'not a tar at all' * 100)),
+                ('no module for it', pack_tar(UNWANTED.items())),
                 ('no such member', large, f'{SUFFIX} absent.tar.xz'), ('no bundle.txt', large, 'absent'),
                 ('bundle.txt is garbage', large, 'a b c\n'), ('bundle.txt is binary', large, b'\xff\xfe')):
             with self.subTest(name):
-                archive, _ = self.build_archive(packed, bundle)
+                archive, _ = self.build_archive(packed, *bundle)
                 if name == 'flipped bit':
                     with zipfile.ZipFile(archive, 'a') as file:
                         file.writestr(member, packed)
@@ -982,8 +975,8 @@ class RealArchive(Case):
     def test_archive_runs_with_this_interpreter(self):
         for options in (), ('-I',):
             with self.subTest(options):
-                version = self.run_python(*options, REAL_ARCHIVE, '--version')
-                self.assertEqual(version, f'kubensage-agent {agent.__version__}\n')
+                self.assertEqual(self.run_python(*options, REAL_ARCHIVE, '--version'),
+                                 f'kubensage-agent {agent.__version__}\n')
                 snapshot = self.run_python(*options, REAL_ARCHIVE, '--once', '--output', 'json')
                 self.assertIn('node_metrics', json.loads(snapshot))
         self.assertEqual(os.listdir(self.home), [])
@@ -1027,13 +1020,11 @@ class Build(Case):
         return self.spawn(['bash', script, *arguments], {'PATH': self.commands}, cwd=cwd or self.copy).result()
 
     def test_pins_are_fifteen_wheels_with_their_hashes(self):
-        rows = [line.split('  ') for line in self.PINS.splitlines()]
-        self.assertTrue(all(re.fullmatch('[0-9a-f]{64}', digest) for digest, _ in rows))
-        names = [name for _, name in rows]
-        self.assertEqual((len(set(names)), len({digest for digest, _ in rows})), (15, 15))
+        digests, names = zip(*re.findall('^([0-9a-f]{64})  (.+)$', self.PINS, re.M))
+        self.assertEqual((len(self.PINS.splitlines()), len(set(names)), len(set(digests))), (15, 15, 15))
+        projects = re.findall(r'^(grpcio|protobuf)-.*(x86_64|aarch64)', '\n'.join(names), re.M)
         for processor in 'x86_64', 'aarch64':
-            for project, count in (('grpcio-', 6), ('protobuf-', 1)):
-                self.assertEqual(count, sum(processor in name and name.startswith(project) for name in names))
+            self.assertEqual([projects.count((project, processor)) for project in ('grpcio', 'protobuf')], [6, 1])
 
     def test_what_is_missing_is_said_in_one_line(self):
         no_pip = f'case "$*" in *pip*) exit 1; esac; exec {sys.executable} "$@"'
@@ -1041,12 +1032,12 @@ class Build(Case):
                    'case "$*" in *pip\\ download*) echo "WARNING: Retrying" >&2; '
                    'echo "ERROR: no route to host" >&2; exit 1; esac; '
                    f'exec {sys.executable} "$@"')
-        for pattern, arguments, command, script in (
-                ('unknown argument --nativ; --native', ['--nativ'], 'wc', ''),
-                ('xz is missing .*xz-utils', [], 'xz', ''), ('python3 is missing', [], 'python3', ''),
-                ('has no pip .*python3-pip', [], 'python3', no_pip),
-                ('cannot download grpcio-.*ERROR: no route to host', [], 'python3', offline),
-                ('no grpcio wheel for cp\\d+ on pdp11', ['--native'], 'uname', 'echo pdp11')):
+        for pattern, command, script, *arguments in (
+                ('unknown argument --nativ; --native', 'wc', '', '--nativ'),
+                ('xz is missing .*xz-utils', 'xz', ''), ('python3 is missing', 'python3', ''),
+                ('has no pip .*python3-pip', 'python3', no_pip),
+                ('cannot download grpcio-.*ERROR: no route to host', 'python3', offline),
+                ('no grpcio wheel for cp\\d+ on pdp11', 'uname', 'echo pdp11', '--native')):
             with self.subTest(pattern):
                 kept = f'{self.directory}/kept'
                 os.rename(f'{self.commands}/{command}', kept)
@@ -1066,14 +1057,13 @@ class Build(Case):
     def test_archive_of_small_wheels_is_the_same_from_anywhere_and_runs(self):
         """The pins of the copy are those of wheels of a few bytes, for this interpreter."""
         python, processor = f'cp3{sys.version_info.minor}', os.uname().machine
-        wheels = {
-            f'grpcio-1-{python}-{python}-manylinux_{processor}.whl': [
-                'grpc/__init__.py', 'grpc/_cython/cygrpc' + SUFFIX],
-            f'protobuf-6-cp39-abi3-manylinux_{processor}.whl': [
-                'google/_upb/_message.abi3.so', 'protobuf-6.dist-info/METADATA']}
         pins = ''
         os.mkdir(f'{self.copy}/.build')
-        for name, members in wheels.items():
+        for name, *members in (
+                (f'grpcio-1-{python}-{python}-manylinux_{processor}.whl',
+                 'grpc/__init__.py', 'grpc/_cython/cygrpc' + SUFFIX),
+                (f'protobuf-6-cp39-abi3-manylinux_{processor}.whl',
+                 'google/_upb/_message.abi3.so', 'protobuf-6.dist-info/METADATA')):
             with zipfile.ZipFile(f'{self.copy}/.build/{name}', 'w') as wheel:
                 for member in members:
                     wheel.writestr(member, WANTED[member])
@@ -1084,17 +1074,17 @@ class Build(Case):
             result = self.build('--native', script=script, cwd=cwd)
             self.assertEqual((result.err, result.code), ('', 0))
             seen.append(read_binary(archive))
-        self.assertEqual(seen[0], seen[1])
+        self.assertEqual(*seen)
         with zipfile.ZipFile(archive) as file:
             self.assertEqual({info.date_time for info in file.infolist()}, {(1980, 1, 1, 0, 0, 0)})
             self.assertEqual(file.namelist(), sorted(file.namelist()))
             [(suffix, member)] = targets_of(file).items()
             digest = hashlib.sha256(file.read(member)).hexdigest()[:16]
             self.assertEqual((suffix, member), (SUFFIX, f'{processor}-{digest}.tar.xz'))
-        environment = {'PATH': f'{self.commands}:{os.environ["PATH"]}', 'KUBENSAGE_CACHE': f'{self.directory}/cache'}
+        cache = f'{self.directory}/cache'
+        environment = {'PATH': f'{self.commands}:{os.environ["PATH"]}', 'KUBENSAGE_CACHE': cache}
         result = self.spawn([archive], environment).result()
-        self.assertRegex(result.out,
-                         f'{self.directory}/cache/.*/grpc/__init__.py\n{self.directory}/cache/.*/google/__init__.py\n')
+        self.assertRegex(result.out, f'{cache}/.*/grpc/__init__.py\n{cache}/.*/google/__init__.py\n')
         self.assertEqual((result.err, result.code), ('', 0))
 
 
@@ -1185,8 +1175,8 @@ class OpenFilesTest(Case):
             files = self.open(('/proc', f'{process.pid}/statm'), ('/proc', 'self/statm'))
             self.assertTrue(all(agent.read_open_files(files.descriptors)))
             process.kill()
-        gone, present = agent.read_open_files(files.descriptors)
-        self.assertEqual((None, True), (gone, bool(present)))
+        gone, own = agent.read_open_files(files.descriptors)
+        self.assertEqual((None, True), (gone, bool(own)))
 
     def test_other_errors_are_the_callers(self):
         files = self.open(('/proc', 'self/statm'), ('/proc/self', 'mem'))
@@ -1194,16 +1184,16 @@ class OpenFilesTest(Case):
             agent.read_open_files(files.descriptors)
 
     def test_the_limit_is_raised_as_far_as_that_is_granted(self):
-        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-        self.addCleanup(resource.setrlimit, resource.RLIMIT_NOFILE, limits)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (300, limits[1]))
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self.addCleanup(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (300, hard))
         agent.raise_open_files_limit()
-        expected = min(limits[1], agent.MAX_OPEN_FILES) if limits[1] > 0 else agent.MAX_OPEN_FILES
-        self.assertEqual((expected, limits[1]), resource.getrlimit(resource.RLIMIT_NOFILE))
+        expected = min(hard, agent.MAX_OPEN_FILES) if hard > 0 else agent.MAX_OPEN_FILES
+        self.assertEqual((expected, hard), resource.getrlimit(resource.RLIMIT_NOFILE))
         agent.raise_open_files_limit()
         self.assertEqual(expected, agent.open_files_limit())
         with mock.patch.object(resource, 'setrlimit', side_effect=PermissionError):
-            resource.prlimit(0, resource.RLIMIT_NOFILE, (300, limits[1]))
+            resource.prlimit(0, resource.RLIMIT_NOFILE, (300, hard))
             agent.raise_open_files_limit()
         self.assertEqual(300, agent.open_files_limit())
 
@@ -1240,11 +1230,11 @@ class MessagesTest(unittest.TestCase):
 
     def test_message_that_is_filled_again_and_again_does_not_grow(self):
         """One whose wrappers are cleared each time takes 6 MB after these."""
-        message, resident = wire.CgroupCpu(), []
+        message, psi, resident = wire.CgroupCpu(), wire.PsiMetrics(), []
         for count in 1000, 100_000:
             for number in range(count):
                 agent.fill(message.stat, {'usage_usec': number, 'nr_periods': None if number % 2 else 1})
-                agent.fill_wrapped(message.pressure.some, {'total': number, 'avg10': 2, 'avg60': 3, 'avg300': 4})
+                agent.fill_wrapped(psi.some, {'total': number, 'avg10': 2, 'avg60': 3, 'avg300': 4})
             # Otherwise growth could take place in what was freed before.
             agent.libc().malloc_trim(0)
             resident.append(int(read_text('/proc/self/statm').split()[1]) * agent.PAGE_SIZE_BYTES)
@@ -1310,12 +1300,6 @@ FOUR = wire.CpuSeconds(user=0.01, nice=0.02, system=0.03, idle=0.04)
 class CpuTest(Case):
     def test_stat(self):
         self.check_parse(agent.parse_stat, {
-            'real': (STAT, (
-                {'cpu': CpuTimes(11325, 0, 15923, 20895, 113, 0, 487),
-                 'cpu0': CpuTimes(5728, 0, 8092, 10188, 73, 0, 241),
-                 'cpu1': CpuTimes(5597, 0, 7830, 10707, 40, 0, 245)},
-                {'intr': 223011, 'ctxt': 297051, 'btime': 1795425261, 'processes': 2860, 'procs_running': 2,
-                 'procs_blocked': 0, 'softirq': 123636})),
             'columns in order': (f'cpu {columns(1, 10)}', ({'cpu': CpuTimes(
                 user=1, nice=2, system=3, idle=4, iowait=5, irq=6, softirq=7, steal=8, guest=9, guest_nice=10)}, {})),
             'oldest': ('cpu0 1 2 3 4', ({'cpu0': CpuTimes(1, 2, 3, 4, 0, 0, 0, 0, 0, 0)}, {})),
@@ -1330,13 +1314,6 @@ class CpuTest(Case):
 
     def test_cpuinfo(self):
         self.check_parse(agent.parse_cpuinfo, {
-            'x86': (CPUINFO_X86, {number: {
-                'processor': str(number), 'vendor_id': 'AuthenticAMD', 'model': '107',
-                'model name': 'QEMU TCG CPU version 2.5+', 'cpu MHz': '2596.131', 'physical id': '0',
-                'core id': str(number), 'flags': 'fpu de pse', 'power management': ''} for number in (0, 1)}),
-            'ARM': (CPUINFO_ARM, {0: {
-                'processor': '0', 'BogoMIPS': '125.00', 'Features': 'fp asimd evtstrm aes', 'CPU implementer': '0x41',
-                'CPU architecture': '8', 'CPU variant': '0x4', 'CPU part': '0xd0c', 'CPU revision': '1'}}),
             'a last block that is no CPU': ('processor: 3\n\nHardware: BCM2835\n', {3: {'processor': '3'}}),
             'value with a colon': ('processor: 0\nisa: a:b\n', {0: {'processor': '0', 'isa': 'a:b'}}),
             'empty': ('', {}),
@@ -1350,9 +1327,7 @@ class CpuTest(Case):
         self.check_table(agent.cpu_percent, [
             ((zero, CpuTimes(*range(1, 11))),
              75.0),    # of 1 + ... + 8, without idle 4 and iowait 5; guest is in user
-            ((zero, CpuTimes(1, 2, 3, 4)), 60.0),
             ((zero, CpuTimes(0, 0, 0, 7, 3)), 0.0),
-            ((CpuTimes(100, 0, 0, 100), CpuTimes(130, 0, 0, 170)), 30.0),
             ((CpuTimes(1, 0, 0, 50), CpuTimes(6, 0, 0, 40)), 100.0),              # idle went backwards
             ((CpuTimes(1, 0, 0, 1, 50), CpuTimes(2, 0, 0, 2, 40)), 50.0),         # iowait went backwards
             ((CpuTimes(*range(1, 11)), CpuTimes(*range(1, 11))), None),
@@ -1405,22 +1380,19 @@ class CpuTest(Case):
             self.assertEqual(models, [cpu.model for cpu in node.cpu_infos])
 
     def test_seconds_are_hundredths_in_the_order_of_the_columns(self):
-        node = self.collect({'proc/stat': 'cpu 100 200 300 400 500 600 700 800 900 1000\nbtime 5\n'})
-        self.assertEqual(wire.NodeMetrics(boot_time=5, stat=wire.Stat(), cpu_seconds=wire.CpuSeconds(
-            user=1, nice=2, system=3, idle=4, iowait=5, irq=6, softirq=7, steal=8, guest=9, guest_nice=10)), node)
+        node = self.collect({'proc/stat': 'cpu 100 200 300 400 500 600 700 800 900 1000\n'})
+        self.assertEqual(wire.CpuSeconds(**dict(zip(CpuTimes._fields, range(1, 11)))), node.cpu_seconds)
 
     def test_idle_and_iowait_never_go_back_by_a_little(self):
         """By more than three seconds, the CPU was offline meanwhile."""
-        previous = CpuTimes(1, 1, 1, 1000, 1000)
-        without = agent.without_steps_back
-        self.check_table(lambda idle, iowait: without(previous, CpuTimes(2, 2, 2, idle, iowait))[:5], [
-            ((1001, 1002), (2, 2, 2, 1001, 1002)), ((701, 1002), (2, 2, 2, 1000, 1002)),
-            ((700, 999), (2, 2, 2, 700, 1000)), ((0, 0), (2, 2, 2, 0, 0))])
+        previous, without = CpuTimes(1, 1, 1, 1000, 1000), agent.without_steps_back
+        self.check_table(lambda idle, iowait: without(previous, CpuTimes(2, 2, 2, idle, iowait))[3:5], [
+            ((1001, 1002), (1001, 1002)), ((701, 1002), (1000, 1002)), ((700, 999), (700, 1000)), ((0, 0), (0, 0))])
         cpus = agent.Cpus()
-        for text in 'cpu 1 1 1 50 60\n', 'cpu 2 1 1 40 50\n':
+        for text in 'cpu 1 1 1 50 60\n', 'cpu 2 3 4 40 50\n':
             node = self.collect({'proc/stat': text}, cpus)
         self.assertEqual((0.5, 0.6), (node.cpu_seconds.idle, node.cpu_seconds.iowait))
-        self.assertEqual((50, 60), cpus.times['cpu'][3:5])
+        self.assertEqual((2, 3, 4, 50, 60), cpus.times['cpu'][:5])
 
     def test_usage_is_since_the_previous_sample(self):
         cpus = agent.Cpus()
@@ -1432,13 +1404,12 @@ class CpuTest(Case):
 
     def test_counters_are_those_of_vmstat(self):
         def oracle():
-            words = (line.split(None, 1) for line in self.tool('vmstat', '-s').splitlines())
-            names = {'interrupts': 'intr', 'CPU context switches': 'ctxt', 'forks': 'processes'}
-            return {names[name]: int(number) for number, name in words if name in names}
-        before, node, after = oracle(), collected(agent.collect_cpu, LIVE, agent.Cpus()), oracle()
-        self.assertTrue(before)
-        for name in before:
-            self.assertTrue(before[name] <= getattr(node.stat, name) <= after[name], name)
+            listed = self.tool('vmstat', '-s')
+            return [int(re.search(rf'(\d+) {name}', listed)[1])
+                    for name in ('interrupts', 'CPU context switches', 'forks')]
+        before, stat, after = oracle(), collected(agent.collect_cpu, LIVE, agent.Cpus()).stat, oracle()
+        for first, number, last in zip(before, (stat.intr, stat.ctxt, stat.processes), after):
+            self.assertTrue(first <= number <= last, stat)
 
     def test_cpus_are_those_that_getconf_and_for_this_process_nproc_count(self):
         numbers = {cpu.cpu for cpu in collected(agent.collect_cpu, LIVE, agent.Cpus()).cpu_infos}
@@ -1454,7 +1425,6 @@ class LoadAndLimitsTest(Case):
         def load(*values):
             return dict(zip(('load1', 'load5', 'load15', 'runnable_threads', 'threads'), values))
         self.check_parse(agent.parse_loadavg, {
-            'real': (LOADAVG, load(1.38, 1.73, 0.83, 2, 229)),
             'counting': ('1.5 2.5 3.5 4/5 6\n', load(1.5, 2.5, 3.5, 4, 5)),
             'extra column and line': ('1 2 3 4/5 6 7\nx\n', load(1, 2, 3, 4, 5)),
         }, {
@@ -1464,7 +1434,6 @@ class LoadAndLimitsTest(Case):
 
     def test_file_nr(self):
         self.check_parse(agent.parse_file_nr, {
-            'real': (FILE_NR, {'file_nr_allocated': 832, 'file_nr_max': 2 ** 63 - 1}),
             'counting': ('1 2 3\n', {'file_nr_allocated': 1, 'file_nr_max': 3}),
         }, {
             'cut': ('1 2\n', r"file-nr: malformed line: '1 2\n'"), 'not a number': ('x 0 3\n', "'x 0 3"),
@@ -1473,21 +1442,21 @@ class LoadAndLimitsTest(Case):
 
     def test_conntrack_is_absent_until_its_module_is_loaded(self):
         roots = self.tree({path: text for path, text in NODE.items() if 'conntrack' not in path})
-        self.assertEqual({'file_nr_allocated', 'file_nr_max', 'threads_max', 'pid_max'}, {
-            field.name for field, _ in collected(agent.collect_limits, roots).kernel_limits.ListFields()})
+        self.assertEqual({'file_nr_allocated', 'file_nr_max', 'threads_max', 'pid_max'},
+                         {*present(collected(agent.collect_limits, roots).kernel_limits)})
 
     def test_load_and_limits_are_those_of_uptime_and_sysctl(self):
         def oracle():
             load = self.tool('uptime').partition('load average:')[2]
             limits = self.tool('sysctl', '-n', 'fs.file-nr', 'kernel.threads-max', 'kernel.pid_max')
-            return re.findall(r'[\d.]+', load), limits.split()
+            return [*map(float, re.findall(r'[\d.]+', load)), *map(int, limits.split())]
         def ours():
-            return collected(agent.collect_load, LIVE).load_average, collected(agent.collect_limits, LIVE).kernel_limits
-        (listed, sysctls), (load, limits) = self.settled(oracle, ours)
-        for text, value in zip(listed, (load.load1, load.load5, load.load15)):
-            self.assertAlmostEqual(float(text), value, delta=0.5)
-        self.assertAlmostEqual(int(sysctls[0]), limits.file_nr_allocated, delta=500)
-        self.assertEqual(list(map(int, sysctls[2:])), [limits.file_nr_max, limits.threads_max, limits.pid_max])
+            node = collected(agent.collect_load, LIVE)
+            agent.collect_limits(node, LIVE)
+            load, limits = node.load_average, node.kernel_limits
+            return (load.load1, load.load5, load.load15,
+                    limits.file_nr_allocated, 0, limits.file_nr_max, limits.threads_max, limits.pid_max)
+        self.check_close(*self.settled(oracle, ours), (0.5, 0.5, 0.5, 500, 0, 0, 0, 0))
 
 
 # --- memory
@@ -1495,10 +1464,6 @@ class LoadAndLimitsTest(Case):
 class MemoryTest(Case):
     def test_meminfo(self):
         self.check_parse(agent.parse_meminfo, {
-            'real': (MEMINFO, {
-                'MemTotal': 4015532 * 1024, 'MemFree': 3529532 * 1024, 'MemAvailable': 3551804 * 1024,
-                'Buffers': 7832 * 1024, 'Active(anon)': 155800 * 1024, 'HugePages_Total': 0,
-                'Hugepagesize': 2048 * 1024}),
             'without a unit': ('HugePages_Total:       3\n', {'HugePages_Total': 3}),
             'empty': ('', {}),
         }, {
@@ -1509,8 +1474,6 @@ class MemoryTest(Case):
 
     def test_vmstat(self):
         self.check_parse(lambda text: agent.parse_flat_keyed('vmstat', text), {
-            'real': (VMSTAT, {'nr_free_pages': 882382, 'pgpgin': 816650, 'pswpin': 0, 'pgfault': 362743,
-                              'pgmajfault': 1683, 'oom_kill': 4}),
             'no line feed at the end': ('a 1\nb -2', {'a': 1, 'b': -2}), 'empty': ('', {}),
         }, {
             'no number': ('a 1\noom_kill\n', "vmstat: malformed line: 'oom_kill'"), 'not a number': ('a x\n', "'a x'"),
@@ -1520,38 +1483,28 @@ class MemoryTest(Case):
     def collect(self, meminfo, vmstat=''):
         return collected(agent.collect_memory, self.tree({'proc/meminfo': meminfo, 'proc/vmstat': vmstat}))
 
-    def test_meminfo_is_whole_and_of_vmstat_is_what_its_pattern_matches(self):
+    def test_of_vmstat_is_what_its_pattern_matches(self):
         names = ('oom_kill pgpgin pgpgout pswpin pswpout pgfault pgmajfault '
-                 'nr_free_pages oom_kill_x drop_pagecache').split()
-        node = self.collect(MEMINFO, ''.join(f'{name} {number}\n' for number, name in enumerate(names)))
-        self.assertEqual(agent.parse_meminfo(MEMINFO), node.meminfo)
-        self.assertEqual({name: number for number, name in enumerate(names[:7])}, node.vmstat)
+                 'nr_free_pages oom_kill_x drop_pagecache')
+        node = self.collect('', counting_lines(names))
+        self.assertEqual(dict(zip(names.split(), range(1, 8))), node.vmstat)
 
     def test_used_is_what_is_not_available(self):
-        def collect(text):
-            node = self.collect(text)
-            return tuple(agent.known(node, name) for name in (
-                'total_memory', 'available_memory', 'used_memory', 'memory_used_perc'))
-        self.check_table(collect, [
+        names = 'total_memory', 'available_memory', 'used_memory', 'memory_used_perc'
+        self.check_table(lambda text: tuple(agent.known(self.collect(text), name) for name in names), [
             ('MemTotal: 400 kB\nMemFree: 1 kB\nMemAvailable: 300 kB\n', (409600, 307200, 102400, 25.0)),
             ('MemTotal: 400 kB\nMemFree: 1 kB\n', (409600, None, None, None)),      # before Linux 3.14
             ('MemTotal: 1 kB\nMemAvailable: 2 kB\n', (1024, 2048, 0, 0.0)),
             ('MemTotal: 0 kB\nMemAvailable: 0 kB\n', (0, 0, 0, None)), ('', (None,) * 4)])
 
-    def test_memory_is_that_of_free(self):
-        line = self.tool('free', '-b').splitlines()[1].split()
+    def test_memory_and_swap_are_those_of_free(self):
+        memory, swap = (list(map(int, line.split()[1:])) for line in self.tool('free', '-bw').splitlines()[1:])
         node = collected(agent.collect_memory, LIVE)
-        self.assertEqual(int(line[1]), node.total_memory)
-        self.assertAlmostEqual(int(line[6]), node.available_memory, delta=node.total_memory / 10)
-
-    def test_memory_is_that_of_vmstat(self):
-        listed = {name: int(number) * 1024 for number, name in re.findall(r'(\d+) K (.*)', self.tool('vmstat', '-s'))}
-        memory = collected(agent.collect_memory, LIVE).meminfo
-        self.assertEqual(listed['total swap'], memory['SwapTotal'])
-        for name, value in {'free memory': memory['MemFree'], 'buffer memory': memory['Buffers'],
-                            'swap cache': memory['Cached'] + memory['SReclaimable'],
-                            'free swap': memory['SwapFree']}.items():
-            self.assertAlmostEqual(listed[name], value, delta=1 << 28, msg=name)
+        ours = node.meminfo
+        self.assertEqual((memory[0], swap[0]), (node.total_memory, ours['SwapTotal']))
+        self.check_close([memory[2], *memory[4:], swap[2]], (
+            ours['MemFree'], ours['Buffers'], ours['Cached'] + ours['SReclaimable'], node.available_memory,
+            ours['SwapFree']), [1 << 28] * 5)
 
 
 # --- pressure
@@ -1560,8 +1513,6 @@ class PressureTest(Case):
     def test_pressure(self):
         counting = {'avg10': 1.0, 'avg60': 2.0, 'avg300': 3.0, 'total': 4}
         self.check_parse(lambda text: agent.parse_pressure('pressure/io', text), {
-            'real': (PRESSURE_CPU, {'some': {'avg10': 70.95, 'avg60': 69.15, 'avg300': 38.90, 'total': 169091998},
-                                    'full': dict.fromkeys(counting, 0)}),
             'oldest: cpu without full': ('some avg10=1 avg60=2 avg300=3 total=4\n', {'some': counting}),
             'irq has full alone': ('full avg10=1 avg60=2 avg300=3 total=4\n', {'full': counting}),
             'another order, one more kind': (
@@ -1576,19 +1527,13 @@ class PressureTest(Case):
             'total is missing': ('some avg10=1 avg60=2 avg300=3\n', r"malformed: 'some avg10=1 avg60=2 avg300=3\n'"),
         })
 
-    def test_absent_line_is_unset_and_zero_is_a_value(self):
-        node = collected(agent.collect_pressure, self.write({
+    def test_absent_line_is_cleared_and_zero_is_a_value(self):
+        node = wire.NodeMetrics(psi_cpu_metrics=wire.PsiMetrics(some=wire.PsiData()))
+        agent.collect_pressure(node, self.write({
             'proc/pressure/cpu': 'full avg10=0.00 avg60=0.00 avg300=0.00 total=0\n', 'proc/pressure/io': ''}))
-        self.assertEqual(['psi_cpu_metrics'], [field.name for field, _ in node.ListFields()])
-        self.assertTrue(node.psi_cpu_metrics.full.HasField('total'))
-        self.assertFalse(node.psi_cpu_metrics.HasField('some'))
-
-    def test_line_that_goes_is_cleared(self):
-        message = wire.PsiMetrics(some=wire.PsiData(), full=wire.PsiData())
-        agent.fill_pressure(message, agent.parse_pressure('', 'full avg10=1 avg60=2 avg300=3 total=5\n'))
-        full = message.full
-        self.assertEqual(([1, 2, 3, 5], False), (
-            [part.value for part in (full.avg10, full.avg60, full.avg300, full.total)], message.HasField('some')))
+        cpu = node.psi_cpu_metrics
+        self.assertEqual((['psi_cpu_metrics'], ['full']), (present(node), present(cpu)))
+        self.assertTrue(cpu.full.HasField('total'))
 
 
 # --- processes
@@ -1611,7 +1556,7 @@ class ProcessesTest(Case):
         ])
 
     def collect(self, files):
-        return collected(agent.collect_processes, self.tree(files), 10)
+        return collected(agent.collect_processes, self.tree(files), 2)
 
     def test_name_may_hold_anything(self):
         for comm, name in {
@@ -1624,23 +1569,20 @@ class ProcessesTest(Case):
                 self.assertEqual([wire.ProcessMemInfo(pid=7, name=name, memory=2 * agent.PAGE_SIZE_BYTES)],
                                  list(node.processes_mem_info))
 
-    def test_process_that_has_gone_is_absent(self):
+    def test_process_that_has_gone_is_absent_and_of_the_others_the_largest_are_named(self):
         node = self.collect({'proc/7/statm': '1 3 3\n', 'proc/8/comm': 'no statm\n', 'proc/9/statm': '',
-                             'proc/10/statm': '1 2 3\n', 'proc/10/comm': 'whole\n', 'proc/1x/statm': 'no process'})
-        self.assertEqual((4, ['whole']), (node.procs, [process.name for process in node.processes_mem_info]))
+                             'proc/10/statm': '1 2 3\n', 'proc/10/comm': 'whole\n', 'proc/1x/statm': 'no process',
+                             'proc/11/statm': '3 1 3\n', 'proc/11/comm': 'small\n'})
+        self.assertEqual((5, ['whole']), (node.procs, [process.name for process in node.processes_mem_info]))
 
     def test_resident_set_is_that_of_ps(self):
-        with subprocess.Popen(['cat'], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as cat:
-            cat.stdin.write(b'x')
-            cat.stdin.flush()
-            cat.stdout.read(1)
-            try:
-                listed = int(self.tool('ps', '-o', 'rss=', '-p', str(cat.pid))) * 1024
-                node = collected(agent.collect_processes, LIVE, sys.maxsize)
-                self.assertAlmostEqual(listed, {process.pid: process.memory for process in node.processes_mem_info}[
-                    cat.pid], delta=1 << 20)
-            finally:
-                cat.stdin.close()
+        cat = self.spawn(['cat', '/dev/zero'])
+        # From now on it waits for a reader.
+        cat.stdout.read(1)
+        listed = int(self.tool('ps', '-o', 'rss=', '-p', str(cat.pid))) * 1024
+        node = collected(agent.collect_processes, LIVE, sys.maxsize)
+        ours = {process.pid: process.memory for process in node.processes_mem_info}
+        self.assertAlmostEqual(listed, ours[cat.pid], delta=1 << 18)
 
 
 # --- file systems
@@ -1700,15 +1642,14 @@ class FileSystemsTest(Case):
                 self.assertEqual(mounts(real), agent.real_mounts(mounts(text)))
 
     def test_usage_is_in_fragments_and_free_is_for_unprivileged_users(self):
-        def usage(space):
+        def usage(*numbers):
             message = wire.DiskUsage()
-            agent.fill_disk_usage(message, space)
+            agent.fill_disk_usage(message, space(*numbers))
             return message
-        self.check_table(lambda *numbers: usage(space(*numbers)), [
-            ((100, 70, 30, 6, os.ST_NOSUID), wire.DiskUsage(
-                total=51200, used=15360, free=15360, used_percent=50.0, inodes=6, inodes_free=8, read_only=False)),
-            ((100, 0, 0), wire.DiskUsage(
-                total=51200, used=51200, free=0, used_percent=100.0, inodes=6, inodes_free=8, read_only=False)),
+        counted = dict(total=51200, inodes=6, inodes_free=8, read_only=False)
+        self.check_table(usage, [
+            ((100, 70, 30, 6, os.ST_NOSUID), wire.DiskUsage(used=15360, free=15360, used_percent=50.0, **counted)),
+            ((100, 0, 0), wire.DiskUsage(used=51200, free=0, used_percent=100.0, **counted)),
             ((100, 100, 0, 0, os.ST_RDONLY), wire.DiskUsage(total=51200, used=0, free=0, read_only=True)),
         ])
 
@@ -1728,14 +1669,10 @@ class FileSystemsTest(Case):
         disks = collected(agent.collect_disk_usages, LIVE, {}).disk_usages
         for disk in disks:
             listed = self.tool('df', '-B1', '--output=size,used,avail,pcent,itotal,iavail', disk.mountpoint)
-            size, used, free, percent, inodes, inodes_free = (
-                int(word.strip('%-') or 0) for word in listed.splitlines()[1].split())
             with self.subTest(disk.mountpoint):
-                self.assertEqual((size, inodes), (disk.total, disk.inodes))
-                self.assertAlmostEqual(used, disk.used, delta=1 << 28)
-                self.assertAlmostEqual(free, disk.free, delta=1 << 28)
-                self.assertAlmostEqual(percent, math.ceil(disk.used_percent), delta=1)
-                self.assertAlmostEqual(inodes_free, disk.inodes_free, delta=5000)
+                self.check_close([int(word.strip('%-') or 0) for word in listed.splitlines()[1].split()], (
+                    disk.total, disk.used, disk.free, math.ceil(disk.used_percent), disk.inodes, disk.inodes_free),
+                    (0, 1 << 28, 1 << 28, 1, 0, 5000))
         if not disks:
             self.skipTest('no file system of its own here')
 
@@ -1791,30 +1728,25 @@ class StuckMountTest(Case):
         self.assertEqual(['/', '/smb'], self.asked)
         self.assertEqual((['/', '/nfs', '/smb'], {'/', '/nfs', '/smb'}, []), self.cycle())
 
-    def test_threads_do_not_pile_up_however_many_mounts_hang(self):
+    def test_threads_do_not_pile_up_and_a_mount_that_fails_is_not_taken_for_one_that_hangs(self):
         self.silent |= {'/smb'}
         for _ in range(6):
-            self.cycle()
-        self.assertEqual((['/nfs', '/smb'], 2), (sorted(self.stuck), len(self.askers())))
-
-    def test_a_mount_that_fails_is_not_taken_for_the_one_that_hangs(self):
-        for _ in range(3):
-            _, answers, stuck = self.cycle('0:1 /bad nfs4 x:/bad, 0:50 /nfs nfs4 server:/x, 8:1 /')
-        self.assertEqual(({'/'}, ['/nfs'], 1), (answers, stuck, len(self.askers())))
+            _, answers, stuck = self.cycle('0:1 /bad nfs4 x:/bad, 0:50 /nfs nfs4 x:/nfs, 0:51 /smb cifs //x/smb, 8:1 /')
+        self.assertEqual(({'/'}, {'/nfs', '/smb'}, 2), (answers, {*stuck}, len(self.askers())))
 
     def test_it_is_reported_until_it_is_back_also_across_a_cycle_without_mountinfo(self):
         usual = '1 0 8:1 / / rw - ext4 /dev/sda1 rw\n2 1 0:50 / /nfs rw - nfs4 server:/x rw\n'
-        state, seen = agent.NodeState(), []
-        for text in (usual, 'malformed\n', usual, usual):
+        state, root, stuck = agent.NodeState(), ('/', False, True), ('/nfs', True, False)
+        def check(text, failed, *disks):
             node, failures = collected_node(self.write({'proc/1/mountinfo': text}), state)
-            seen.append((failures.keys(),
-                         [(disk.mountpoint, disk.stuck, disk.HasField('total')) for disk in node.disk_usages]))
-            self.assertEqual(len(seen) < 4, bool(self.askers()))
-            if len(seen) == 3:
-                self.release()
-        stuck = [('/', False, True), ('/nfs', True, False)]
-        self.assertEqual([({'mount /nfs'}, stuck), ({'file systems', 'mount /nfs'}, []), ({'mount /nfs'}, stuck),
-                          (set(), [('/', False, True), ('/nfs', False, True)])], seen)
+            self.assertEqual((failed, [*disks]), (failures.keys(), [
+                (disk.mountpoint, disk.stuck, disk.HasField('total')) for disk in node.disk_usages]))
+        check(usual, {'mount /nfs'}, root, stuck)
+        check('malformed\n', {'file systems', 'mount /nfs'})
+        check(usual, {'mount /nfs'}, root, stuck)
+        self.assertEqual(1, len(self.askers()))
+        self.release()
+        check(usual, set(), root, ('/nfs', False, True))
 
 
 # --- disk I/O
@@ -1832,10 +1764,6 @@ def disk_columns(first, count):
 class DiskIoTest(Case):
     def test_diskstats(self):
         self.check_parse(agent.parse_diskstats, {
-            'real': (DISKSTATS.splitlines()[0], {'vda': dict(zip(DISK_COLUMNS, (
-                3739, 488, 1629322, 4249, 3588, 3074, 1308976, 14908, 0, 6104, 19638, 0, 0, 0, 0, 801, 479)))}),
-            'two disks': (f'8 0 sda {columns(1, 11)}\n8 1 sdb {columns(2, 11)}\n',
-                          {'sda': disk_columns(1, 11), 'sdb': disk_columns(2, 11)}),
             **{what: (f'   8       0 sda {columns(1, count)}', {'sda': disk_columns(1, count)})
                for what, count in (('oldest', 11), ('since 4.18', 15), ('since 5.5', 17), ('extra column', 18))},
             'empty': ('', {}),
@@ -1858,21 +1786,20 @@ class DiskIoTest(Case):
                                             total_read_ops=1 + 101, total_write_ops=5 + 105), node.disk_io_summary)
 
     def test_only_whole_disks_count(self):
-        whole = ('vda', 'nvme0n1', 'cciss!c0d0', 'mmcblk0', 'nbd0', 'rbd0')
-        made_of_disks = ('dm-0', 'md127', 'md_d0', 'md_home', 'drbd1', 'bcache0', 'zd16')
-        others = ('loop0', 'ram0', 'zram0', 'sr0', 'fd0')
-        partitions = ['vda1', 'nvme0n1p1', 'cciss/c0d0p1', 'mmcblk0p1']
+        whole = 'vda nvme0n1 cciss!c0d0 mmcblk0 nbd0 rbd0'.split()
+        made_of_disks = 'dm-0 md127 md_d0 md_home drbd1 bcache0 zd16'.split()
+        others = 'loop0 ram0 zram0 sr0 fd0'.split()
+        partitions = 'vda1 nvme0n1p1 cciss/c0d0p1 mmcblk0p1'.split()
         listed = [name.replace('!', '/') for name in whole + made_of_disks]
         node = collected(agent.collect_disk_io, self.write({
-            'proc/diskstats': ''.join(f'8 0 {name} {columns(1, 11)}\n' for name in [*listed, *others, *partitions]),
+            'proc/diskstats': ''.join(f'8 0 {name} {columns(1, 11)}\n' for name in listed + others + partitions),
             **{f'sys/block/{name}/size': '1\n' for name in whole + made_of_disks + others}}))
         self.assertEqual(len(whole), node.disk_io_summary.total_read_ops)
         self.assertEqual(listed, [disk.device for disk in node.diskstats])
 
     def test_without_disks_the_summary_is_unset(self):
-        self.check_table(lambda *files: collected(agent.collect_disk_io, self.tree(dict(files))), [
-            ((), wire.NodeMetrics()), ((('proc/diskstats', DISKSTATS),), wire.NodeMetrics()),
-            ((('sys/block/vda/size', '1\n'),), wire.NodeMetrics())])
+        for files in {}, {'proc/diskstats': DISKSTATS}, {'sys/block/vda/size': '1\n'}:
+            self.assertEqual(wire.NodeMetrics(), collected(agent.collect_disk_io, self.tree(files)))
 
 
 # --- network
@@ -1887,13 +1814,8 @@ class NetworkTest(Case):
     def test_net_dev(self):
         counting = {'eth0': NET_COUNTING}
         self.check_parse(agent.parse_net_dev, {
-            'real': (NET_DEV, {
-                'lo': dict.fromkeys(NET_COLUMNS, 0),
-                'enp0s3': dict(zip(NET_COLUMNS, (50152, 196, 0, 0, 0, 0, 0, 0, 29478, 145, 0, 0, 0, 0, 0, 0))),
-                'cni0': dict(zip(NET_COLUMNS, (324400, 5942, 0, 0, 0, 0, 0, 54, 169286850, 6438, 0, 2, 0, 0, 0, 0)))}),
             'oldest: no space after the colon': (f'  eth0:{columns(1, 16)}\n', counting),
             'extra column': (f'eth0: {columns(1, 17)}\n', counting),
-            'headings alone': (''.join(NET_DEV.splitlines(True)[:2]), {}),
             'empty': ('', {}),
         }, {
             'cut': ('eth0: 1 2 3\n', "net/dev: malformed line: 'eth0: 1 2 3'"),
@@ -1909,8 +1831,9 @@ class NetworkTest(Case):
             f'sys/class/net/eth0/{name}': f'{text}\n' for name, text in files.items()}}))
         return node, node.network_interfaces[0]
 
-    def test_usage_sums_all_interfaces(self):
-        node, _ = self.links(f'eth0: {columns(1, 16)}\nveth1: {columns(101, 16)}\n')
+    def test_each_column_has_its_field_and_usage_sums_all_interfaces(self):
+        node, link = self.links(f'eth0: {columns(1, 16)}\nveth1: {columns(101, 16)}\n')
+        self.assertEqual(wire.InterfaceCounters(**NET_COUNTING), link.counters)
         self.assertEqual(wire.NetUsage(
             total_bytes_sent=9 + 109, total_bytes_received=1 + 101, total_packets_sent=10 + 110,
             total_packets_received=2 + 102, total_err_in=3 + 103, total_err_out=11 + 111, total_drop_in=4 + 104,
@@ -1922,28 +1845,16 @@ class NetworkTest(Case):
             ('0x10d1', ['up', 'pointtopoint', 'multicast']),
             ('0xffff', ['up', 'broadcast', 'loopback', 'pointtopoint', 'multicast']), ('0x0', [])])
 
-    def test_interface_of_sysfs(self):
-        dev = ''.join(f'{name}: {columns(1, 16)}\n' for name in ('enp0s3', 'lo', 'gone'))
-        counters = wire.InterfaceCounters(**NET_COUNTING)
-        self.assertEqual([
-            wire.InterfaceStat(index=2, mtu=1500, name='enp0s3', hardwareAddr='52:54:00:d1:3d:13', operstate='up',
-                               flags=['up', 'broadcast', 'multicast'], carrier=True, counters=counters),
-            wire.InterfaceStat(index=1, mtu=65536, name='lo', flags=['up', 'loopback'], counters=counters),
-            wire.InterfaceStat(name='gone', counters=counters),
-        ], list(self.collect(self.write({**NODE, 'proc/1/net/dev': dev})).network_interfaces))
-
     def test_link_that_is_down_has_no_speed(self):
-        def state(*files):
-            _, link = self.links(f'eth0: {columns(1, 16)}\n', **dict(files))
+        names = 'operstate', 'carrier', 'speed'
+        def state(text):
+            _, link = self.links(f'eth0: {columns(1, 16)}\n', **dict(zip(names, text.split())))
             return [agent.known(link, name) for name in ('operstate', 'carrier', 'speed_mbits')]
-        self.check_table(state, [
-            ((('operstate', 'up'), ('carrier', '1'), ('speed', '10000')), ['up', True, 10000]),
-            ((('operstate', 'down'), ('carrier', '0'), ('speed', '-1')), ['down', False, None]),
-            ((('mtu', '1'),), [None, None, None])])
+        self.check_table(state, [('up 1 10000', ['up', True, 10000]), ('down 0 -1', ['down', False, None])])
 
     def test_pods_ends_have_no_counters(self):
-        pods_ends = ('veth9e351196', 'cali1a2b3c', 'lxc12ab', 'eni0123456789a', 'gke12', 'azv1', 'tap0')
-        nodes_own = ('eth0', 'ens5', 'eni0', 'cni0', 'lo', 'bond0.5', 'wlan0', 'docker0', 'cilium_host')
+        pods_ends = 'veth9e351196 cali1a2b3c lxc12ab eni0123456789a gke12 azv1 tap0'.split()
+        nodes_own = 'eth0 ens5 eni0 cni0 lo bond0.5 wlan0 docker0 cilium_host'.split()
         node = self.collect(self.write({
             'proc/net/dev': ''.join(f'{name}: {"1 " * 16}\n' for name in pods_ends + nodes_own)}))
         self.assertEqual({**dict.fromkeys(pods_ends, False), **dict.fromkeys(nodes_own, True)},
@@ -1951,16 +1862,16 @@ class NetworkTest(Case):
         self.assertEqual(len(pods_ends + nodes_own), node.net_usage.total_packets_sent)
 
     def test_pods_ends_are_read_again_when_they_count_anew_or_after_a_minute(self):
-        links, roots = {}, self.write({})
-        for now, packets, mtu, mtus in ((100, 7, '1500', [1500, 1500]), (100, 8, '9000', [1500, 9000]),
-                                        (100, 7, '9001', [9001, 9001]), (100, 8, '9002', [9001, 9002]),
-                                        (159, 9, '9003', [9001, 9003]), (160, 9, '9004', [9004, 9004])):
+        links, roots, names = {}, self.write({}), ('veth1', 'eth0')
+        for now, packets, mtu, veths_mtu in ((100, 7, 1500, 1500), (100, 8, 9000, 1500), (100, 7, 9001, 9001),
+                                             (100, 8, 9002, 9001), (159, 9, 9003, 9001), (160, 9, 9004, 9004)):
             with self.subTest(mtu=mtu):
-                self.write({'proc/net/dev': ''.join(f'{name}: {f"{packets} " * 16}\n' for name in ('veth1', 'eth0')),
-                            'sys/class/net/veth1/mtu': mtu, 'sys/class/net/eth0/mtu': mtu})
-                if mtu == '9000':
+                self.write({'proc/net/dev': ''.join(f'{name}: {f"{packets} " * 16}\n' for name in names),
+                            **{f'sys/class/net/{name}/mtu': str(mtu) for name in names}})
+                if mtu == 9000:
                     links['veth1'].due = 160
-                self.assertEqual(mtus, [link.mtu for link in self.collect(roots, links, now).network_interfaces])
+                self.assertEqual([veths_mtu, mtu],
+                                 [link.mtu for link in self.collect(roots, links, now).network_interfaces])
         self.write({'proc/net/dev': ''})
         self.collect(roots, links)
         self.assertEqual({}, links)
@@ -1986,14 +1897,12 @@ class NetworkTest(Case):
         before, node, after = oracle(), self.collect(LIVE), oracle()
         names = {'bytes': 'bytes', 'packets': 'packets', 'errors': 'errs', 'dropped': 'drop'}
         for link in node.network_interfaces:
-            with self.subTest(link.name):
-                self.assertEqual(after[link.name]['operstate'].lower(),
-                                 link.operstate or after[link.name]['operstate'].lower())
-                for way, ip, ours in ((way, ip, ours) for way in ('rx', 'tx') for ip, ours in names.items()):
-                    number = getattr(link.counters, f'{way}_{ours}')
-                    if link.HasField('counters'):
-                        self.assertTrue(
-                            before[link.name]['stats64'][way][ip] <= number <= after[link.name]['stats64'][way][ip], ip)
+            first, last = before[link.name], after[link.name]
+            self.assertIn(link.operstate, ('', last['operstate'].lower()))
+            for way, ip in itertools.product(('rx', 'tx'), names) if link.HasField('counters') else ():
+                with self.subTest(link.name, way=way, ip=ip):
+                    number = getattr(link.counters, f'{way}_{names[ip]}')
+                    self.assertTrue(first['stats64'][way][ip] <= number <= last['stats64'][way][ip], number)
 
 
 # --- addresses
@@ -2007,23 +1916,23 @@ def netlink_address(family, prefix_length, scope, index, *attributes):
 
 
 Address, Route = agent.Address, agent.Route
+INET, INET6 = socket.AF_INET, socket.AF_INET6
 
 
 class AddressesTest(Case):
     def test_addresses(self):
         own, peer = socket.inet_aton('192.0.2.1'), socket.inet_aton('192.0.2.2')
-        six = socket.inet_pton(socket.AF_INET6, '2001:db8::1')
-        inet, inet6 = socket.AF_INET, socket.AF_INET6
+        six = socket.inet_pton(INET6, '2001:db8::1')
         self.check_parse(agent.parse_addresses, {
-            'real': (ADDRESSES, [Address(1, inet, '127.0.0.1', 8, 254),
-                                 Address(1, inet6, '::1', 128, 254)]),
-            'peer': (netlink_address(inet, 32, 0, 3, (agent.IFA_ADDRESS, peer), (agent.IFA_LOCAL, own)),
-                     [Address(index=3, family=inet, address='192.0.2.1', prefix_length=32, scope=0)]),
-            'label of odd length': (netlink_address(inet6, 64, 253, 4, (3, b'eth\0x'), (agent.IFA_ADDRESS, six)),
-                                    [Address(4, inet6, '2001:db8::1', 64, 253)]),
+            'real': (ADDRESSES, [Address(1, INET, '127.0.0.1', 8, 254),
+                                 Address(1, INET6, '::1', 128, 254)]),
+            'peer': (netlink_address(INET, 32, 0, 3, (agent.IFA_ADDRESS, peer), (agent.IFA_LOCAL, own)),
+                     [Address(index=3, family=INET, address='192.0.2.1', prefix_length=32, scope=0)]),
+            'label of odd length': (netlink_address(INET6, 64, 253, 4, (3, b'eth\0x'), (agent.IFA_ADDRESS, six)),
+                                    [Address(4, INET6, '2001:db8::1', 64, 253)]),
             'another family': (netlink_address(7, 32, 0, 3, (agent.IFA_ADDRESS, own)), []),
-            'no address': (netlink_address(inet, 32, 0, 3), []),
-            'wrong size': (netlink_address(inet, 32, 0, 3, (agent.IFA_ADDRESS, six)), []),
+            'no address': (netlink_address(INET, 32, 0, 3), []),
+            'wrong size': (netlink_address(INET, 32, 0, 3, (agent.IFA_ADDRESS, six)), []),
             'refused': (agent.NLMSGHDR.pack(20, agent.NLMSG_ERROR, 0, 1, 0) + b'\xff\xff\xff\xff', []),
             'empty': (b'', []),
         }, {
@@ -2066,10 +1975,9 @@ class AddressesTest(Case):
         })
 
     def test_primary_address_is_the_first_global_one_of_the_default_route_with_the_lowest_metric(self):
-        four, six = socket.AF_INET, socket.AF_INET6
         addresses = [Address(*row) for row in (
-            (1, four, '127.0.0.1', 8, 254), (2, six, 'fe80::1', 64, 253), (2, four, '192.0.2.1', 24, 0),
-            (2, four, '192.0.2.9', 24, 0), (3, four, '198.51.100.1', 24, 0), (2, six, '2001:db8::1', 64, 0))]
+            (1, INET, '127.0.0.1', 8, 254), (2, INET6, 'fe80::1', 64, 253), (2, INET, '192.0.2.1', 24, 0),
+            (2, INET, '192.0.2.9', 24, 0), (3, INET, '198.51.100.1', 24, 0), (2, INET6, '2001:db8::1', 64, 0))]
         indexes = {'lo': 1, 'two': 2, 'three': 3}
 
         def primary(family, *routes):
@@ -2077,10 +1985,9 @@ class AddressesTest(Case):
 
         two, three = ('two', 100, True), ('three', 200, True)
         self.check_table(primary, [
-            ((four, three, two, ('lo', 1, False)), '192.0.2.1'), ((six, two), '2001:db8::1'),
-            ((four, three, ('lo', 200, True)), '198.51.100.1'), ((six, three), None), ((four, ('lo', 1, True)), None),
-            ((four, ('gone', 1, True)), None), ((four, ('two', 1, False)), None), ((four,), None)])
-        self.assertIsNone(agent.primary_address([], [Route(*two)], indexes, four))
+            ((INET, three, two, ('lo', 1, False)), '192.0.2.1'), ((INET6, two), '2001:db8::1'),
+            ((INET, three, ('lo', 200, True)), '198.51.100.1'), ((INET6, three), None), ((INET, ('lo', 1, True)), None),
+            ((INET, ('gone', 1, True)), None), ((INET, ('two', 1, False)), None), ((INET,), None)])
 
     def test_another_machines_tree_has_no_addresses(self):
         self.assertEqual(b'', agent.read_addresses(self.tree(NODE)))
@@ -2121,13 +2028,11 @@ class AddressesTest(Case):
 
     def test_primary_address_is_on_the_default_route_of_ip(self):
         routes = json.loads(self.tool('ip', '-j', '-4', 'route', 'show', 'default'))
-        node = self.live()
-        address = node.primary_ipv4.value if node.HasField('primary_ipv4') else None
         first = min(routes, key=lambda route: route.get('metric', 0), default={})
         links = json.loads(self.tool('ip', '-j', '-4', 'addr'))
         usable = [entry['local'] for link in links if link['ifname'] == first.get('dev')
                   for entry in link['addr_info'] if entry['scope'] == 'global']
-        self.assertIn(address, usable or [None])
+        self.assertIn(self.live().primary_ipv4.value, usable or [''])
 
 
 # --- network protocols
@@ -2138,16 +2043,11 @@ Ip6InReceives                   \t40
 Icmp6OutType133                 \t8
 Udp6InDatagrams                 \t12
 '''
-SOCKSTAT6 = 'TCP6: inuse 4\nUDP6: inuse 2\nUDPLITE6: inuse 0\nRAW6: inuse 1\nFRAG6: inuse 0 memory 0\n'
 
 
 class NetworkProtocolsTest(Case):
     def test_snmp(self):
         self.check_parse(lambda text: agent.parse_snmp('snmp', text), {
-            'real': (SNMP[SNMP.index('Udp'):], {
-                'Udp_InDatagrams': 0, 'Udp_NoPorts': 0, 'Udp_InErrors': 0, 'Udp_OutDatagrams': 0,
-                'Udp_RcvbufErrors': 0, 'Udp_SndbufErrors': 0, 'Udp_InCsumErrors': 0, 'Udp_IgnoredMulti': 2,
-                'Udp_MemErrors': 0}),
             'no limit, another order of columns': ('Tcp: B C A\nTcp: 1 -1 -2\n', {'Tcp_B': 1, 'Tcp_A': -2}),
             'empty': ('', {}),
         }, {
@@ -2164,11 +2064,8 @@ class NetworkProtocolsTest(Case):
 
     def test_sockstat(self):
         self.check_parse(lambda text: agent.parse_sockstat('sockstat', text), {
-            'real': (SOCKSTAT, {'sockets_used': 134, 'TCP_inuse': 3, 'TCP_orphan': 0, 'TCP_tw': 50, 'TCP_alloc': 5,
-                                'TCP_mem': 0, 'UDP_inuse': 1, 'UDP_mem': 0, 'UDPLITE_inuse': 0, 'RAW_inuse': 0,
-                                'FRAG_inuse': 0, 'FRAG_memory': 0, 'TCP_mem_bytes': 0, 'UDP_mem_bytes': 0}),
-            'IPv6': (SOCKSTAT6, {'TCP6_inuse': 4, 'UDP6_inuse': 2, 'UDPLITE6_inuse': 0, 'RAW6_inuse': 1,
-                                 'FRAG6_inuse': 0, 'FRAG6_memory': 0}),
+            'IPv6': ('TCP6: inuse 4\nUDP6: inuse 2\nFRAG6: inuse 0 memory 1\n', {
+                'TCP6_inuse': 4, 'UDP6_inuse': 2, 'FRAG6_inuse': 0, 'FRAG6_memory': 1}),
             'mem is in pages': ('UDP: mem 3 memory 4\n', {
                 'UDP_mem': 3, 'UDP_mem_bytes': 3 * os.sysconf('SC_PAGE_SIZE'), 'UDP_memory': 4}),
             'empty': ('', {}),
@@ -2178,34 +2075,29 @@ class NetworkProtocolsTest(Case):
         def softnet(*numbers):
             return dict(zip(('processed', 'dropped', 'time_squeeze'), numbers))
         self.check_parse(agent.parse_softnet_stat, {
-            'real': (SOFTNET_STAT, softnet(0x21d7 + 0x2760, 0, 0x1c * 2)),
             'columns in order, summed': ('1 2 3 4\na b c d\n', softnet(11, 13, 15)),
             'oldest': ('1 2 3\n', softnet(1, 2, 3)),
             'empty': ('', {}),
         }, {'cut': ('1 2 3\n1 2\n', 'softnet_stat: malformed line'), 'not hexadecimal': ('1 x 3\n', "'1 x 3'")})
 
-    def test_one_file_alone_gives_its_field_and_netstat_what_its_pattern_matches(self):
+    def test_one_file_alone_gives_its_field(self):
         for file, text, value in (
-                ('snmp', SNMP, agent.parse_snmp('snmp', SNMP)), ('snmp6', SNMP6, agent.parse_snmp6(SNMP6)),
-                ('netstat', NETSTAT, {
-                    'TcpExt_SyncookiesSent': 0, 'TcpExt_ListenOverflows': 0, 'TcpExt_ListenDrops': 0,
-                    'TcpExt_TCPSynRetrans': 0, 'IpExt_InOctets': 366352, 'IpExt_OutOctets': 169221348}),
-                ('sockstat', SOCKSTAT, agent.parse_sockstat('sockstat', SOCKSTAT)),
-                ('sockstat6', SOCKSTAT6, agent.parse_sockstat('sockstat6', SOCKSTAT6)),
+                ('snmp', 'Udp: A\nUdp: 1\n', {'Udp_A': 1}), ('snmp6', 'Ip6A 2\n', {'Ip6_A': 2}),
+                ('netstat', 'IpExt: InOctets\nIpExt: 3\n', {'IpExt_InOctets': 3}),
+                ('sockstat', 'TCP: tw 4\n', {'TCP_tw': 4}), ('sockstat6', 'TCP6: inuse 5\n', {'TCP6_inuse': 5}),
                 ('softnet_stat', '1 2 3\n', wire.SoftnetStat(processed=1, dropped=2, time_squeeze=3))):
             with self.subTest(file):
                 node = collected(agent.collect_protocols, self.tree({f'proc/net/{file}': text}))
                 self.assertEqual({file: value}, {field.name: value for field, value in node.ListFields()})
-        self.assertEqual(wire.NodeMetrics(), collected(agent.collect_protocols, self.tree({})))
 
     def test_sockets_are_those_of_ss(self):
         def oracle():
-            return [int(number) for number in re.findall(r'Total: (\d+)|orphaned (\d+)|timewait (\d+)',
-                                                         self.tool('ss', '-s'))
-                    for number in number if number]
-        listed, node = self.settled(oracle, lambda: collected(agent.collect_protocols, LIVE))
-        self.assertAlmostEqual(listed[0], node.sockstat['sockets_used'], delta=20)
-        self.assertAlmostEqual(listed[1], node.sockstat['TCP_orphan'], delta=5)
+            found = re.search(r'Total: (\d+).*orphaned (\d+)', self.tool('ss', '-s'), re.DOTALL)
+            return [int(number) for number in found.groups()]
+        def ours():
+            sockets = collected(agent.collect_protocols, LIVE).sockstat
+            return sockets['sockets_used'], sockets['TCP_orphan']
+        self.check_close(*self.settled(oracle, ours), (20, 5))
 
 
 # --- clock
@@ -2233,11 +2125,8 @@ class ClockTest(Case):
 class OperatingSystemTest(Case):
     def test_os_release(self):
         self.check_parse(agent.parse_os_release, {
-            'Debian 13': (OS_RELEASE, {
-                'PRETTY_NAME': 'Debian GNU/Linux 13 (trixie)', 'NAME': 'Debian GNU/Linux', 'VERSION_ID': '13',
-                'VERSION': '13 (trixie)', 'VERSION_CODENAME': 'trixie', 'DEBIAN_VERSION_FULL': '13.7', 'ID': 'debian'}),
-            'quotes': ('''A='single'\nB="dou\\"ble \\$x"\nC=plain\nD=""\nE=\n''',
-                       {'A': 'single', 'B': 'dou"ble $x', 'C': 'plain', 'D': '', 'E': ''}),
+            'quotes': ('''A='two (words)'\nB="dou\\"ble \\$x"\nC=plain\nD=""\nE=\n''',
+                       {'A': 'two (words)', 'B': 'dou"ble $x', 'C': 'plain', 'D': '', 'E': ''}),
             'comments, blanks, an equals sign': ('# A=1\n\n  B=2  \nC=x=y\nno assignment\n', {'B': '2', 'C': 'x=y'}),
             'empty': ('', {}),
         }, {})
@@ -2258,7 +2147,7 @@ class OperatingSystemTest(Case):
 
     def test_uptime(self):
         self.check_parse(agent.parse_uptime, {
-            'real': (UPTIME, 261), 'one column': ('7.99\n', 7), 'extra column': ('1.5 2.5 3.5\n', 1),
+            'one column': ('7.99\n', 7), 'extra column': ('1.5 2.5 3.5\n', 1),
         }, {
             'not a number': ('long 2.0', "uptime: malformed line: 'long 2.0'"), 'infinite': ('inf 1', "'inf 1'"),
             'empty': ('', 'uptime'),
@@ -2277,11 +2166,10 @@ class OperatingSystemTest(Case):
         self.assertEqual(('arch', 'arch', None), (node.platform, node.platform_family,
                                                   agent.known(node, 'platform_version')))
 
-    def test_system_is_that_of_uname_and_hostname(self):
+    def test_system_is_that_of_uname(self):
         node = collected(agent.collect_system, LIVE)
         self.assertEqual([self.tool('uname', flag).strip() for flag in ('-n', '-r', '-m')],
                          [node.hostname, node.kernel_version, node.kernel_arch])
-        self.assertEqual(self.tool('hostname').strip(), node.hostname)
 
     def test_boot_was_uptime_ago(self):
         node, _ = collected_node(LIVE)
@@ -2338,15 +2226,14 @@ GROUP_V1 = {
     'blkio': {'blkio.throttle.io_service_bytes': BLKIO,
               'blkio.throttle.io_serviced': '254:0 Read 8\n254:0 Write 4\n254:0 Total 12\nTotal 12\n'},
     'pids': {'pids.current': '31\n', 'pids.max': '32\n'}}
-# The directory that cpu and cpuacct share, if they do.
-LAYOUTS_V1 = ('', 'cpu,cpuacct', 'cpuacct,cpu')
-NO_LIMIT_V1 = '9223372036854771712\n'
 
 
 def group_v1(path, shared='cpu,cpuacct', group=GROUP_V1):
-    directories = {**{name: name for name in group}, **(dict.fromkeys(('cpu', 'cpuacct'), shared) if shared else {})}
-    return {name: text for controller, files in group.items()
-            for name, text in below(f'sys/fs/cgroup/{directories[controller]}/{path}', files).items()}
+    files = {}
+    for controller, texts in group.items():
+        directory = shared if shared and controller.startswith('cpu') else controller
+        files.update(below(f'sys/fs/cgroup/{directory}/{path}', texts))
+    return files
 
 
 def group_of(version, path):
@@ -2367,17 +2254,16 @@ def take_away(path):
     shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
 
 
-# What differs from reading to reading.
-MOMENTARY = ('timestamp', 'timestamp_ns', 'usage_nano_cores')
-
-
 def known_values(message):
-    """All that a message says, but for times and rates; parts that say nothing are left out."""
-    def said(pairs):
-        return {name: value for name, value in pairs if name not in MOMENTARY and value not in ({}, [])}
+    """All that a message says, but for what differs from reading to reading; parts that say nothing are left out."""
+    return json.loads(
+        json_format.MessageToJson(message, preserving_proto_field_name=True), object_pairs_hook=lambda pairs: {
+            name: value for name, value in pairs
+            if name not in ('timestamp', 'timestamp_ns', 'usage_nano_cores') and value not in ({}, [])})
 
-    text = json_format.MessageToJson(message, preserving_proto_field_name=True)
-    return json.loads(text, object_pairs_hook=said)
+
+def count_open_files():
+    return len(os.listdir('/proc/self/fd'))
 
 
 class CgroupFilesTest(Case):
@@ -2395,13 +2281,13 @@ class CgroupFilesTest(Case):
         }, {'a word': ('none\n', r"pids.max: malformed line: 'none\n'"), 'empty': ('', "pids.max: malformed line: ''")})
 
     def test_io_stat(self):
-        one, two = (dict(zip(('rbytes', 'wbytes', 'rios', 'wios'), range(first, first + 4))) for first in (1, 5))
+        one = dict(rbytes=1, wbytes=2, rios=3, wios=4)
         line = '8:0 rbytes=1 wbytes=2 rios=3 wios=4'
         self.check_parse(functools.partial(agent.parse_io_stat, 'io.stat'), {
             'real': (IO_STAT, {'254:0': dict(rbytes=629145600, wbytes=629145600, rios=688, wios=903, dbytes=0,
                                              dios=0)}),
             'oldest: no discards': (line, {'8:0': one}),
-            'two devices': (f'{line}\n8:16 rbytes=5 wbytes=6 rios=7 wios=8\n', {'8:0': one, '8:16': two}),
+            'two devices': (f'{line}\n8:16 rbytes=5\n', {'8:0': one, '8:16': {'rbytes': 5}}),
             'a device without statistics': (f'7:0\n{line}\n', {'8:0': one}),
             'in one line, as Linux 5.15 has it': (f'7:1 7:0 {line}\n', {'8:0': one}),
             'of io.latency and io.cost': (f'{line} cost.vrate=100.00 depth=max\n', {'8:0': one}),
@@ -2458,20 +2344,22 @@ class CgroupFilesTest(Case):
         self.write(below('sys/fs/cgroup/a', {name.replace('_', '.'): text for name, text in texts.items()}))
 
     def test_v2_has_every_number_in_its_field(self):
-        pressure = {name: {kind: {field: {'value': number} for field, number in zip(
-            ('avg10', 'avg60', 'avg300', 'total'), (*averages, total))}
-            for kind, averages, total in (('some', (1, 2, 3), first), ('full', (4, 5, 6), first + 3))}
-            for first, name in enumerate(('cpu', 'memory', 'io'), 33)}
+        def pressure(total):
+            return {kind: {field: number for field, number in zip(
+                ('avg10', 'avg60', 'avg300', 'total'), numbers)}
+                for kind, numbers in (('some', (1, 2, 3, total)), ('full', (4, 5, 6, total + 3)))}
+
         self.assertEqual(known_values(wire.CgroupMetrics(
-            path='a/b', cpu=dict(CPU_V2, weight=9, pressure=pressure['cpu']),
-            memory=dict(MEMORY_V2, high=14, pressure=pressure['memory'], stat=dict(MEMORY_V2['stat'], slab=21),
+            path='a/b', cpu=dict(CPU_V2, weight=9, pressure=pressure(33)),
+            memory=dict(MEMORY_V2, high=14, pressure=pressure(34), stat=dict(MEMORY_V2['stat'], slab=21),
                         events=dict(max=28, oom=29, oom_kill=30)),
-            io=dict(pressure=pressure['io'], stat=[
+            io=dict(pressure=pressure(35), stat=[
                 dict(device='254:0', rbytes=629145600, wbytes=629145600, rios=688, wios=903),
                 dict(device='8:16', rbytes=1, wbytes=2, rios=3, wios=4)]),
             pids=dict(current=31, max=32))), self.collect_first(group_of(2, 'a/b'), 'a/b'))
 
     def test_v1_has_the_same_numbers_in_the_same_fields(self):
+        """Whether cpu and cpuacct share a directory or not, and through the links to it that systemd makes."""
         expected = known_values(wire.CgroupMetrics(
             path='a/b', cpu=dict(CPU_V2, shares=10, stat=dict(CPU_V2['stat'], user_usec=30_000, system_usec=50_000)),
             memory=MEMORY_V2, io=dict(stat=[dict(device='254:0', rbytes=4194304, wbytes=2097152, rios=8, wios=4)]),
@@ -2480,20 +2368,14 @@ class CgroupFilesTest(Case):
                   'sys/fs/cgroup/unified/a/b/cpu.stat': 'usage_usec 77\n'}
         recursive = {**GROUP_V1, 'blkio': {**dict.fromkeys(GROUP_V1['blkio'], 'Total 0\n'), **{
             f'{name}_recursive': text for name, text in GROUP_V1['blkio'].items()}}}
-        for layout, (what, files, extra) in itertools.product(LAYOUTS_V1, (
-                ('plain', GROUP_V1, {}), ('hybrid', GROUP_V1, hybrid), ('recursive', recursive, {}))):
+        for layout, (what, files, extra) in itertools.product(('', 'cpuacct,cpu', 'cpu,cpuacct'), (
+                ('hybrid', GROUP_V1, hybrid), ('recursive', recursive, {}), ('plain', GROUP_V1, {}))):
             with self.subTest(what, layout=layout):
                 self.assertEqual(expected, self.collect_first({**group_v1('a/b', layout, files), **extra}, 'a/b'))
-
-    def test_v1_with_links_to_the_joined_directory(self):
-        """As systemd makes them: cpu -> cpu,cpuacct."""
-        self.new_group(group_v1('a'))
         for name in ('cpu', 'cpuacct'):
             os.symlink('cpu,cpuacct', f'{self.directory}/sys/fs/cgroup/{name}')
         self.cgroups = agent.read_cgroup_tree(self.roots)
-        self.collect()
-        cpu = self.message.cpu
-        self.assertEqual((1, 5, 7), (cpu.stat.usage_usec, cpu.stat.nr_throttled, cpu.max.quota_usec))
+        self.assertEqual(expected, self.afresh())
 
     def test_files_that_are_absent_are_fields_that_are_absent(self):
         """The root group of v2, and a kernel without swap, pressure, and pids."""
@@ -2509,7 +2391,8 @@ class CgroupFilesTest(Case):
         self.assertIsNone(agent.read_cgroup_tree(self.tree({})))
 
     def test_a_limit_that_is_taken_back_is_absent_once_it_is_due(self):
-        v1 = {'memory/a/memory.limit_in_bytes': NO_LIMIT_V1, 'memory/a/memory.memsw.limit_in_bytes': NO_LIMIT_V1,
+        no_limit = '9223372036854771712\n'
+        v1 = {'memory/a/memory.limit_in_bytes': no_limit, 'memory/a/memory.memsw.limit_in_bytes': no_limit,
               'cpu,cpuacct/a/cpu.cfs_quota_us': '-1\n', 'pids/a/pids.max': 'max\n'}
         v2 = {'a/cpu.max': 'max 100000\n',
               **{f'a/{name}': 'max\n' for name in ('memory.max', 'memory.high', 'memory.swap.max', 'pids.max')}}
@@ -2522,10 +2405,9 @@ class CgroupFilesTest(Case):
             self.assertFalse(cpu.HasField('max') or memory.HasField('max') or memory.HasField('high') or
                              memory.swap.HasField('max') or self.message.pids.HasField('max'))
             self.assertTrue(cpu.HasField('weight') or cpu.HasField('shares'))
-        for text, limit in ((str(2 ** 63 - 4096), 0), (str(2 ** 63 - 65536), 0), ('0', 0), (str(2 ** 40), 2 ** 40)):
+        for text, limit in ((str(2 ** 63 - 65536), None), ('0', 0), (str(2 ** 40), 2 ** 40)):
             self.collect_first({**group_v1('a'), 'sys/fs/cgroup/memory/a/memory.limit_in_bytes': text})
-            self.assertEqual((limit, text == '0' or limit > 0),
-                             (self.message.memory.max, self.message.memory.HasField('max')))
+            self.assertEqual(limit, agent.known(self.message.memory, 'max'))
 
     def test_a_file_that_goes_leaves_no_value_behind(self):
         """As those of a controller that is taken from a group; and it is there again when it is given back."""
@@ -2541,22 +2423,10 @@ class CgroupFilesTest(Case):
                     self.write(files)
                     self.assertEqual(whole, self.collect(later=agent.SELDOM_SECONDS))
 
-    def test_a_line_that_goes_leaves_no_value_behind(self):
-        for name, text in (
-                ('cpu.stat', 'usage_usec 1\n'), ('memory.stat', 'anon 17\n'), ('memory.events', 'oom 29\n'),
-                ('io.stat', IO_STAT), ('io.stat', IO_STAT.replace('254:0', '8:16')), ('io.stat', ''),
-                ('io.stat', '8:16 rbytes=1 rios=3\n' + IO_STAT), ('memory.stat', ''),
-                *((f'{kind}.pressure', GROUP_V2[f'{kind}.pressure'].partition('full')[0]) for kind in (
-                    'cpu', 'memory', 'io'))):
-            with self.subTest(name, text=text):
-                whole = self.collect_first(group_of(2, 'a'))
-                self.rewrite(**{name: text, 'memory_current': '98\n'})
-                without = self.collect()
-                self.assertEqual((True, self.afresh()), (len(str(without)) < len(str(whole)), without))
-
     def test_seldom_files_are_read_again_when_they_are_due(self):
-        self.new_group({path: text for path, text in group_of(2, 'a').items() if 'pids.current' not in path})
-        self.collect()
+        files = group_of(2, 'a')
+        del files['sys/fs/cgroup/a/pids.current']
+        self.collect_first(files)
         first, memory = self.group.due, self.message.memory
         self.assertTrue(0 <= first <= agent.SELDOM_SECONDS)
         self.rewrite(memory_max='99\n', memory_current='98\n', pids_current='31\n')
@@ -2576,19 +2446,25 @@ class CgroupFilesTest(Case):
         self.assertEqual({0, 1, 2, 3}, set(quarters))
         self.assertLess(max(quarters.values()), 50)
 
-    def test_group_at_rest_is_not_read_to_its_end(self):
+    def test_group_is_read_whole_after_a_first_reading_that_failed_and_not_to_its_end_at_rest(self):
         for version, untold in ((2, 'sys/fs/cgroup/a/memory.stat'), (1, 'sys/fs/cgroup/memory/a/memory.stat')):
-            known = self.collect_first(group_of(version, 'a'))
-            self.write({untold: 'malformed'})
+            files, malformed = group_of(version, 'a'), {untold: 'x\n'}
+            self.new_group({**files, **malformed})
+            self.assertRaises(ValueError, self.collect)
+            self.write(files)
+            known = self.collect(later=1)
+            self.assertEqual(self.afresh(), known)
+            self.write(malformed)
             self.assertEqual((known, False), (self.collect(), self.group.changed))
 
     def test_each_marker_alone_tells_that_something_has_happened(self):
         for version in (1, 2):
             for file in agent.GROUP_FILES[version][:agent.MARKERS[version]]:
                 with self.subTest(file.name):
-                    self.new_group(group_of(version, 'a'))
+                    files = group_of(version, 'a')
+                    self.new_group(files)
                     path = f'sys/{self.cgroups.file_path("a", file.name)}'
-                    text = group_of(version, 'a')[path.replace('_recursive', '')]
+                    text = files[path.replace('_recursive', '')]
                     self.write({path: text})
                     known = self.collect()
                     self.write({path: re.sub(r'\d(?=\d*\n)', '7', text)})
@@ -2603,25 +2479,17 @@ class CgroupFilesTest(Case):
             self.rewrite(cpu_stat=f'usage_usec {usage}\n')
             self.assertEqual({'path': 'a', 'cpu': {'stat': {'usage_usec': str(usage)}}}, self.collect())
 
-    def test_group_whose_first_reading_failed_is_read_whole_the_next_time(self):
-        for version, name in ((2, 'a/memory.stat'), (1, 'memory/a/memory.stat')):
-            files = group_of(version, 'a')
-            self.new_group({**files, f'sys/fs/cgroup/{name}': 'x\n'})
-            self.assertRaises(ValueError, self.collect)
-            self.write(files)
-            self.assertEqual(self.afresh(), self.collect(later=1))
-
     def test_files_of_a_group_are_closed_with_it(self):
-        before = len(os.listdir('/proc/self/fd'))
+        before = count_open_files()
         self.new_group(group_of(2, 'a'))
         for _ in range(2):
             self.collect(later=agent.SELDOM_SECONDS)
-            self.assertEqual(before + agent.OFTEN[2], len(os.listdir('/proc/self/fd')))
+            self.assertEqual(before + agent.OFTEN[2], count_open_files())
         self.group = None
-        self.assertEqual(before, len(os.listdir('/proc/self/fd')))
+        self.assertEqual(before, count_open_files())
 
     def test_with_few_descriptors_left_files_are_opened_each_time(self):
-        before = len(os.listdir('/proc/self/fd'))
+        before = count_open_files()
         limits = resource.getrlimit(resource.RLIMIT_NOFILE)
         self.addCleanup(resource.setrlimit, resource.RLIMIT_NOFILE, limits)
         resource.setrlimit(resource.RLIMIT_NOFILE, (agent.SPARE_DESCRIPTORS, limits[1]))
@@ -2629,16 +2497,13 @@ class CgroupFilesTest(Case):
         for number in 98, 99:
             self.rewrite(memory_current=f'{number}\n')
             self.collect()
-            self.assertEqual((number, before), (self.message.memory.current, len(os.listdir('/proc/self/fd'))))
+            self.assertEqual((number, before), (self.message.memory.current, count_open_files()))
 
     def test_malformed_files_are_named(self):
-        for name in GROUP_V2:
-            with self.subTest(name), self.assertRaisesRegex(ValueError, name):
-                self.collect_first({**group_of(2, 'a'), f'sys/fs/cgroup/a/{name}': 'x y rbytes=w\n'})
-        for controller, files in GROUP_V1.items():
-            for name in files:
-                with self.subTest(name), self.assertRaisesRegex(ValueError, name):
-                    self.collect_first(group_v1('a', group={**GROUP_V1, controller: {**files, name: 'x y z w\n'}}))
+        for files in group_of(1, 'a'), group_of(2, 'a'):
+            for path in files.keys() - V2.keys():
+                with self.subTest(path), self.assertRaisesRegex(ValueError, os.path.basename(path)):
+                    self.collect_first({**files, path: 'x y z rbytes=w\n'})
 
 
 class RealGroupTest(Case):
@@ -2707,13 +2572,11 @@ class RealGroupTest(Case):
 
 class ServicesTest(Case):
     def test_daemons_of_the_node_by_their_units(self):
-        usual = {'kubelet': GROUP_V2, 'containerd': GROUP_V2, 'ssh': GROUP_V2}
-        v2 = {path: text for name, group in usual.items()
-              for path, text in below(f'sys/fs/cgroup/system.slice/{name}.service', group).items()}
-        v1 = {path: text for name in usual for path, text in group_v1(f'system.slice/{name}.service').items()}
-        for what, files in {'v2': {**V2, **v2}, 'v1': v1}.items():
-            with self.subTest(what):
-                roots, services = self.tree(files), {}
+        for version in 1, 2:
+            with self.subTest(version=version):
+                roots, services = self.tree({
+                    path: text for name in ('kubelet', 'containerd', 'ssh')
+                    for path, text in group_of(version, f'system.slice/{name}.service').items()}), {}
                 for _ in range(2):
                     node = collected(agent.collect_services, roots, services, agent.Cycle(5, {}))
                     self.assertEqual([('kubelet.service', 1, 11, 5), ('containerd.service', 1, 11, 5)], [
@@ -2735,7 +2598,7 @@ class NodeTest(Case):
     def test_empty_root_gives_a_valid_snapshot_with_everything_unset(self):
         node, failures = collected_node(self.tree({}))
         self.assertEqual({}, failures)
-        self.assertLessEqual({field.name for field, _ in node.ListFields()}, {'os', 'kernel_arch'})
+        self.assertLessEqual({*present(node)}, {'os', 'kernel_arch'})
         metrics = wire.Metrics.FromString(wire.Metrics(node_metrics=node).SerializeToString())
         self.assertEqual(node, metrics.node_metrics)
         for text in renderings(metrics):
@@ -2744,38 +2607,37 @@ class NodeTest(Case):
     def test_malformed_file_costs_what_comes_from_it_and_the_rest_goes_out(self):
         def fields():
             node, failures = collected_node(roots)
-            return list(failures), {field.name for field, _ in node.ListFields()}
+            return list(failures), {*present(node)}
 
         roots = self.write(NODE)
         _, whole = fields()
-        memory = {'total_memory', 'available_memory', 'used_memory', 'memory_used_perc', 'meminfo', 'vmstat'}
+        memory = 'total_memory available_memory used_memory memory_used_perc meminfo vmstat'
         for path, text, subject, missing in (
-                ('proc/stat', 'cpu x', 'cpu', {'boot_time', 'cpu_infos', 'cpu_seconds', 'stat'}),
-                ('proc/cpuinfo', 'processor', 'cpu', {'cpu_infos'}),
+                ('proc/stat', 'cpu x', 'cpu', 'boot_time cpu_infos cpu_seconds stat'),
+                ('proc/cpuinfo', 'processor', 'cpu', 'cpu_infos'),
                 ('proc/meminfo', 'MemTotal', 'memory', memory),
                 ('proc/meminfo', f'MemTotal: {2 ** 64}', 'memory', memory),
-                ('proc/vmstat', 'oom_kill', 'memory', {'vmstat'}),
-                ('proc/pressure/io', 'some avg10=1', 'pressure', {'psi_io_metrics', 'psi_irq_metrics'}),
-                ('proc/loadavg', '1', 'load', {'load_average'}),
-                ('proc/sys/fs/file-nr', '1', 'kernel limits', {'kernel_limits'}),
-                ('proc/sys/kernel/pid_max', 'x', 'kernel limits', {'kernel_limits'}),
-                ('proc/1/net/sockstat', 'TCP: x y', 'network protocols', {'sockstat', 'softnet_stat'}),
-                ('proc/1/net/softnet_stat', 'x', 'network protocols', {'softnet_stat'}),
-                ('sys/fs/cgroup/system.slice/kubelet.service/cpu.stat', 'x', 'services', {'services'}),
-                ('proc/1/statm', 'x y', 'processes', {'processes_mem_info'}),
-                ('proc/1/mountinfo', 'x', 'file systems', {'disk_usages'}),
-                ('proc/diskstats', 'x', 'disk I/O', {'disk_io_summary', 'diskstats'}),
-                ('proc/1/net/dev', 'lo: 1', 'network', {'net_usage', 'network_interfaces'}),
-                ('sys/class/net/lo/mtu', 'wide', 'network', {'net_usage'}),
-                ('proc/1/net/route', 'Iface\nx', 'addresses', set()),
-                ('proc/uptime', 'x', 'system',
-                 {'hostname', 'uptime', 'os', 'platform', 'platform_family', 'platform_version', 'kernel_version',
-                  'kernel_arch', 'host_id'})):
+                ('proc/vmstat', 'oom_kill', 'memory', 'vmstat'),
+                ('proc/pressure/io', 'some avg10=1', 'pressure', 'psi_io_metrics psi_irq_metrics'),
+                ('proc/loadavg', '1', 'load', 'load_average'),
+                ('proc/sys/fs/file-nr', '1', 'kernel limits', 'kernel_limits'),
+                ('proc/sys/kernel/pid_max', 'x', 'kernel limits', 'kernel_limits'),
+                ('proc/1/net/sockstat', 'TCP: x y', 'network protocols', 'sockstat softnet_stat'),
+                ('proc/1/net/softnet_stat', 'x', 'network protocols', 'softnet_stat'),
+                ('sys/fs/cgroup/system.slice/kubelet.service/cpu.stat', 'x', 'services', 'services'),
+                ('proc/1/statm', 'x y', 'processes', 'processes_mem_info'),
+                ('proc/1/mountinfo', 'x', 'file systems', 'disk_usages'),
+                ('proc/diskstats', 'x', 'disk I/O', 'disk_io_summary diskstats'),
+                ('proc/1/net/dev', 'lo: 1', 'network', 'net_usage network_interfaces'),
+                ('sys/class/net/lo/mtu', 'wide', 'network', 'net_usage'),
+                ('proc/1/net/route', 'Iface\nx', 'addresses', ''),
+                ('proc/uptime', 'x', 'system', 'hostname uptime os platform platform_family platform_version '
+                                               'kernel_version kernel_arch host_id')):
             with self.subTest(path=path, text=text):
                 self.write({path: text})
-                failed, present = fields()
+                failed, rest = fields()
                 self.write({path: NODE[path]})
-                self.assertEqual(([subject], missing), (failed, whole - present))
+                self.assertEqual(([subject], {*missing.split()}), (failed, whole - rest))
 
     def test_other_read_errors_are_a_failure_of_their_subject(self):
         roots = self.write(NODE)
@@ -2797,12 +2659,12 @@ class OutputTest(Case):
     def test_sizes_and_times_for_people(self):
         self.check_table(agent.human_bytes, [
             (0, '0 B'), (1023, '1023 B'), (1024, '1.0 KiB'), (1536 * 1024, '1.5 MiB'), (2 ** 30, '1.0 GiB'),
-            (2 ** 40, '1.0 TiB'), (5000 * 2 ** 40, '5000.0 TiB')])
+            (5000 * 2 ** 40, '5000.0 TiB')])
         self.check_table(agent.human_seconds, [
             (59, '0 min'), (3599, '59 min'), (3600, '1 h 0 min'), (172799, '47 h 59 min'), (172800, '2 d 0 h'),
             (180000, '2 d 2 h')])
         self.check_table(agent.human_short, [
-            (None, '-'), (0, '0'), (998, '998'), (1023, '1.0K'), (1536, '1.5K'), (34 * 2**20, '34M'),
+            (None, '-'), (0, '0'), (998, '998'), (1023, '1.0K'), (34 * 2**20, '34M'),
             (1.1 * 2**30, '1.1G'), (5 * 2**50, '5P')])
         self.assertLessEqual(max(len(agent.human_short(1.07 ** n)) for n in range(500)), 5)
 
@@ -2817,15 +2679,15 @@ class OutputTest(Case):
 
     def test_terminal_of_another_encoding_gets_question_marks(self):
         self.write({'proc/7/statm': '1 2 3\n', 'proc/7/comm': 'na\u20acme\n'})
-        for output in ('table', 'json', 'prometheus'):
+        for output, begin in ('table', 'n'), ('json', '{'), ('prometheus', '#'):
             with self.subTest(output):
                 run = self.main(*self.node, '--once', '--output', output, encoding='ascii')
-                self.assertEqual((0, 1), (run.code, len(run.troubles)), run.err)
+                self.assertEqual((0, 1, begin), (run.code, len(run.troubles), run.out[0]), run.err)
 
 
 # --- live view
 
-def sample(seconds, **node):
+def sample(seconds, pods=(), **node):
     """A node after so many seconds of the agent: every counter has gone on by 1000 a second."""
     count = round(1000 * seconds)
     defaults = dict(
@@ -2839,9 +2701,8 @@ def sample(seconds, **node):
         disk_usages=[dict(mountpoint='/', used_percent=20), dict(mountpoint='/data', used_percent=85),
                      dict(mountpoint='/nfs', stuck=True)],
         container_runtime=dict(name='containerd', version='2.0', conditions={'RuntimeReady': True}))
-    return wire.Metrics(node_metrics={**defaults, **node}, agent_metrics=dict(
-        sequence=count,
-        uptime_seconds=seconds, cpu_seconds_total=seconds / 50, resident_bytes=2**25))
+    return wire.Metrics(node_metrics={**defaults, **node}, pod_metrics=pods, agent_metrics=dict(
+        sequence=count, uptime_seconds=seconds, cpu_seconds_total=seconds / 50, resident_bytes=2**25))
 
 
 def shown_container(container_id, seconds, cores=0, memory=0, **others):
@@ -2853,21 +2714,21 @@ def shown_container(container_id, seconds, cores=0, memory=0, **others):
         memory=dict(max=2**30),
         io=dict(stat=[dict(device='8:0', rbytes=round(2048 * seconds)),
                       dict(device='8:1', wbytes=round(4096 * seconds))]))
-    return wire.ContainerMetrics(**{**dict(
+    return {**dict(
         id=container_id, name=container_id, state='CONTAINER_RUNNING', image=f'registry/{container_id}:1',
         cgroup=cgroup, cpu_metrics=dict(usage_nano_cores=dict(value=round(cores * 1e9))),
-        memory_metrics=dict(working_set_bytes=dict(value=memory))), **others})
+        memory_metrics=dict(working_set_bytes=dict(value=memory))), **others}
 
 
 def shown_pods(seconds):
     interfaces = [dict(name=name, counters=dict(rx_bytes=round(512 * seconds), tx_bytes=round(256 * seconds)))
                   for name in ('eth0', 'eth1')]
     return [
-        wire.PodMetrics(id='1', namespace='shop', name='web', network_interfaces=interfaces, container_metrics=[
+        dict(id='1', namespace='shop', name='web', network_interfaces=interfaces, container_metrics=[
             shown_container('nginx', seconds, 1.9, 2**28, restart_count=3)]),
-        wire.PodMetrics(id='2', namespace='kube-system', name='dns', container_metrics=[
+        dict(id='2', namespace='kube-system', name='dns', container_metrics=[
             shown_container('coredns', seconds, 0.25, 2**29, restart_count=7)]),
-        wire.PodMetrics(id='3', namespace='shop', name='job', container_metrics=[
+        dict(id='3', namespace='shop', name='job', container_metrics=[
             shown_container('old', 0, state='CONTAINER_EXITED', status=dict(reason='OOMKilled', exit_code=137))])]
 
 
@@ -2877,9 +2738,7 @@ def without_colors(text):
 
 class LiveViewTest(Case):
     def view(self, width=80, height=24, **others):
-        before, after = sample(10), sample(12)
-        before.pod_metrics.extend(shown_pods(10))
-        after.pod_metrics.extend(shown_pods(12))
+        before, after = (sample(seconds, shown_pods(seconds)) for seconds in (10, 12))
         return agent.render_view(before, after, agent.View(width, height, **others))
 
     def test_eighty_columns(self):
@@ -2899,9 +2758,9 @@ class LiveViewTest(Case):
             'shop        job old        0.00   0%          0   0%   0 OOMKilled'])
 
     def test_the_wider_the_view_the_more_columns(self):
-        for width, last in (109, 'STATE'), (110, 'WRITE/s RST STATE'), (159, 'STATE'), (160, 'STATE     IMAGE'):
-            heading = self.view(width).splitlines()[9]
-            self.assertEqual((heading.endswith(last), 'READ/s' in heading), (True, width >= 110), heading)
+        for width, end in ((109, '%LIM RST STATE'), (110, 'READ/s WRITE/s RST STATE'), (159, ' STATE'),
+                           (160, ' STATE     IMAGE')):
+            self.assertRegex(self.view(width).splitlines()[9], f'{end}$')
         lines = self.view(200).splitlines()
         self.assertEqual(lines[9:12], [
             'NAMESPACE   POD CONTAINER   CPU %LIM  THR   MEM %LIM   RX/s  TX/s READ/s WRITE/s RST STATE     IMAGE',
@@ -2914,25 +2773,23 @@ class LiveViewTest(Case):
         live = agent.Live()
         agent.press_key(live, 'n')
         live.metrics, live.view = wire.Metrics(pod_metrics=shown_pods(1)), agent.View(80, namespace='gone')
-        for key, summary, containers in (
-                ('n', '3 pods, 2/3 containers running, by cpu', 'nginx coredns old'),
-                ('r', '3 pods, 2/3 containers running, by restarts', 'coredns nginx old'),
-                ('c', '3 pods, 2/3 containers running, by cpu', 'nginx coredns old'),
-                ('m', '3 pods, 2/3 containers running, by memory', 'coredns nginx old'),
-                ('n', '1 pod in kube-system, 1/1 container running, by memory', 'coredns'),
-                ('x', '1 pod in kube-system, 1/1 container running, by memory', 'coredns'),
-                ('n', '2 pods in shop, 1/2 containers running, by memory', 'nginx old'),
-                ('n', '3 pods, 2/3 containers running, by memory', 'coredns nginx old')):
+        for key, expected in (
+                ('n', '3 pods, 2/3 containers running, by cpu: nginx coredns old'),
+                ('r', '3 pods, 2/3 containers running, by restarts: coredns nginx old'),
+                ('c', '3 pods, 2/3 containers running, by cpu: nginx coredns old'),
+                ('m', '3 pods, 2/3 containers running, by memory: coredns nginx old'),
+                ('n', '1 pod in kube-system, 1/1 container running, by memory: coredns'),
+                ('x', '1 pod in kube-system, 1/1 container running, by memory: coredns'),
+                ('n', '2 pods in shop, 1/2 containers running, by memory: nginx old'),
+                ('n', '3 pods, 2/3 containers running, by memory: coredns nginx old')):
             agent.press_key(live, key)
             said, _, *rows = agent.render_view(None, live.metrics, live.view).splitlines()[8:]
-            self.assertEqual((said, ' '.join(row.split()[2] for row in rows)), (summary, containers), key)
+            self.assertEqual(f'{said}: {" ".join(row.split()[2] for row in rows)}', expected, key)
 
     def test_never_wider_or_higher_than_the_view(self):
-        after = sample(1)
-        after.pod_metrics.extend(
-            wire.PodMetrics(id=str(n), namespace=f'{"n" * 30}{n}', name='p' * 200, container_metrics=[
-                shown_container('c' * 99, 1, 300, 2**55, id=str(n), restart_count=12345)]) for n in range(300))
-        after.node_metrics.disk_usages.extend([wire.DiskUsage(mountpoint='/' + 'm' * 50, used_percent=99)] * 20)
+        pods = [dict(namespace=f'{"n" * 30}{n}', name='p' * 200, container_metrics=[
+            shown_container('c' * 99, 1, 300, 2**55, id=str(n), restart_count=12345)]) for n in range(300)]
+        after = sample(1, pods, disk_usages=[dict(mountpoint='/' + 'm' * 50, used_percent=99)] * 20)
         for width, height, color in itertools.product((40, 80, 109, 110, 160, 200), (8, 9, 50, 1000), (False, True)):
             view = agent.View(width, height, color=color)
             with self.subTest(view):
@@ -2940,7 +2797,7 @@ class LiveViewTest(Case):
                 self.assertLessEqual(max(map(len, lines)), width)
                 self.assertEqual(len(lines), min(height, 310))
                 if height < 310:
-                    self.assertEqual(lines[-1], f'... {310 - height + 1} more')
+                    self.assertEqual(lines[-1], f'... {311 - height} more')
         self.assertEqual(agent.render_view(None, after, agent.View(200)).count('\n'), 309)
 
     def test_colours_tell_what_is_wrong_and_nothing_else_is_a_control_code(self):
@@ -2955,35 +2812,31 @@ class LiveViewTest(Case):
 
     def test_a_runtime_in_trouble_is_named(self):
         for runtime, expected in (
-                (wire.RuntimeMetrics(name='cri-o', version='1',
-                                     conditions={'RuntimeReady': True, 'NetworkReady': False}),
+                (dict(name='cri-o', version='1', conditions={'RuntimeReady': True, 'NetworkReady': False}),
                  'cri  cri-o 1 NOT READY (NetworkReady)'),
-                (wire.RuntimeMetrics(name='cri-o', version='1'), 'cri  cri-o 1 '),
-                (wire.RuntimeMetrics(), 'cri  no container runtime found')):
+                (dict(name='cri-o', version='1'), 'cri  cri-o 1 '), ({}, 'cri  no container runtime found')):
             with self.subTest(expected):
                 self.assertIn(expected, agent.render_view(None, sample(1, container_runtime=runtime), agent.View(80)))
         before, after = sample(1), sample(2)
-        before.agent_metrics.failures_total.update({'disks': 3})
+        before.agent_metrics.failures_total['disks'] = 3
         after.agent_metrics.failures_total.update({'disks': 3, 'memory': 1})
         self.assertIn('  in trouble: memory\n', agent.render_view(before, after, agent.View(80)))
 
     def test_names_are_not_control_codes(self):
         evil = 'a\x1b[31m\x9bm\x07\r\n\u202eb'
-        metrics = sample(1, hostname=evil, platform=evil, disk_usages=[
-            wire.DiskUsage(mountpoint=evil), wire.DiskUsage(mountpoint=evil, stuck=True)],
-            container_runtime=wire.RuntimeMetrics(name=evil, version=evil, conditions={evil: False}))
+        pod = dict(name=evil, namespace=evil, container_metrics=[dict(name=evil, state=evil, image=evil)])
+        metrics = sample(1, [pod], hostname=evil, platform=evil,
+                         disk_usages=[dict(mountpoint=evil), dict(mountpoint=evil, stuck=True)],
+                         container_runtime=dict(name=evil, version=evil, conditions={evil: False}))
         metrics.agent_metrics.failures_total[evil] = 1
-        metrics.pod_metrics.add(name=evil, namespace=evil, container_metrics=[wire.ContainerMetrics(
-            name=evil, state=evil, image=evil)])
         for view in (agent.View(400), agent.View(400, namespace=evil)):
             text = agent.render_view(None, metrics, view)
             self.assertEqual({char for char in text if not char.isprintable()}, {'\n'})
             self.assertGreaterEqual(text.count('a?[31m?m????b'), 11)
 
     def test_unknown_values_are_not_shown_as_zero(self):
-        for metrics in (wire.Metrics(),
-                        wire.Metrics(pod_metrics=[wire.PodMetrics(container_metrics=[wire.ContainerMetrics()])])):
-            text = agent.render_view(None, metrics, agent.View(200))
+        for pods in [], [dict(container_metrics=[{}])]:
+            text = agent.render_view(None, wire.Metrics(pod_metrics=pods), agent.View(200))
             self.assertNotIn('0', ''.join(text.splitlines()[:6]))
 
     def test_rates_need_two_samples_of_one_counter(self):
@@ -3077,7 +2930,7 @@ class TerminalTest(Case):
 def exposed_metrics():
     time_spent = 3815668
     metrics = sample(
-        10, boot_time=1700000000,
+        10, shown_pods(10), boot_time=1700000000,
         disk_usages=[dict(device='/dev/a', fstype='ext4', mountpoint='/', total=100, free=40, read_only=False),
                      dict(device='nas:/', fstype='nfs', mountpoint='/nfs', stuck=True)],
         network_interfaces=[dict(name=f'eth{n}', operstate='up', speed_mbits=1000, counters=dict(rx_bytes=11 + n))
@@ -3089,12 +2942,12 @@ def exposed_metrics():
         snmp6={'Udp6_InDatagrams': 5}, sockstat={'TCP_mem_bytes': 6}, sockstat6={'TCP6_inuse': 7},
         psi_cpu_metrics=dict(some=dict(total=dict(value=time_spent))))
     metrics.timestamp = 1700000123
-    metrics.pod_metrics.extend(shown_pods(10))
-    metrics.pod_metrics[1].container_metrics[0].status.started_at_ns = 1700094048904012383
+    web, dns, _ = (pod.container_metrics for pod in metrics.pod_metrics)
+    dns[0].status.started_at_ns = 1700094048904012383
     # The same container before its restart, and the same pod with a sandbox before this one.
-    metrics.pod_metrics[0].container_metrics.insert(0, shown_container(
-        'before', 10, state='CONTAINER_EXITED', name='nginx', created_at=1, status=wire.ContainerStatus(exit_code=1)))
-    metrics.pod_metrics[0].container_metrics[1].created_at = 2
+    web[0].created_at = 2
+    web.add(**shown_container('before', 10, state='CONTAINER_EXITED', name='nginx', created_at=1,
+                              status=dict(exit_code=1)))
     metrics.pod_metrics.add(id='0', namespace='shop', name='web', created_at=-1,
                             container_metrics=[shown_container('nginx', 1)])
     metrics.agent_metrics.failures_total['memory'] = 3
@@ -3154,10 +3007,6 @@ kubensage_service_cpu_usage_seconds_total{service="kubelet.service"} 3.815668
 '''
 
 
-def series_of(text):
-    return [line.rpartition(' ')[0] for line in text.splitlines() if not line.startswith('#')]
-
-
 class PrometheusTest(Case):
     def test_golden_lines_in_order(self):
         lines = iter(agent.render_prometheus(exposed_metrics()).splitlines())
@@ -3169,7 +3018,8 @@ class PrometheusTest(Case):
             text = agent.render_prometheus(exposed_metrics(), openmetrics)
             helps, types = (re.findall(f'^# {word} (\\S+) .', text, re.M) for word in ('HELP', 'TYPE'))
             self.assertEqual(helps, types)
-            kinds, series = dict(re.findall('^# TYPE (\\S+) (\\S+)$', text, re.M)), series_of(text)
+            kinds = dict(re.findall('^# TYPE (\\S+) (\\S+)$', text, re.M))
+            series = re.findall('^([^#].*) ', text, re.M)
             for names in types, series:
                 self.assertEqual([name for name, count in collections.Counter(names).items() if count > 1], [])
             for name in {line.partition('{')[0] for line in series}:
@@ -3190,7 +3040,7 @@ class PrometheusTest(Case):
         self.assertEqual(agent.render_sample('a', {'l': 'x"\\\n{},=€'}, 1), 'a{l="x\\"\\\\\\n{},=€"} 1\n')
 
     def test_numbers(self):
-        for value, text in ((0, '0'), (True, '1'), (0.1, '0.1'), (2**53, str(2**53)), (2**64 - 1, str(2**64 - 1)),
+        for value, text in ((0, '0'), (True, '1'), (0.1, '0.1'), (2**64 - 1, '18446744073709551615'),
                             (1e-6, '1e-06'), (math.nan, 'nan'), (math.inf, 'inf')):
             self.assertEqual(agent.render_sample('a', {}, value), f'a {text}\n')
 
@@ -3232,13 +3082,6 @@ class PrometheusTest(Case):
             dict(counts).keys())
         self.assertEqual({count for _, count in counts}, {'0'})
 
-    def test_once_writes_it_to_stdout(self):
-        self.write(NODE)
-        run = self.main(*self.node, '--once', '--output', 'prometheus')
-        self.assertEqual(run.code, 0, run.err)
-        self.assertIn('\nnode_memory_MemTotal_bytes 4111904768\n', run.out)
-        self.assertTrue(run.out.startswith('# HELP ') and run.out.endswith('\n') and '# EOF' not in run.out)
-
 
 # --- HTTP
 
@@ -3278,16 +3121,14 @@ class HttpTest(Case):
 
     def test_metrics_in_the_format_that_is_asked_for(self):
         self.serve(exposed_metrics())
-        for accept, content_type, last in (
-                ('*/*', agent.TEXT_TYPE, 'kubensage_snapshot_age_seconds '),
-                ('text/plain;version=0.0.4', agent.TEXT_TYPE, 'kubensage_snapshot_age_seconds '),
-                ('application/openmetrics-text;version=1.0.0;q=0.5,text/plain;q=0.3', agent.OPENMETRICS_TYPE, '# EOF')):
+        for accept, content_type, end in (
+                ('text/plain;version=0.0.4', agent.TEXT_TYPE, ''),
+                ('application/openmetrics-text;version=1.0.0;q=0.5,text/plain;q=0.3', agent.OPENMETRICS_TYPE,
+                 '# EOF\n')):
             status, headers, body = self.get('/metrics?collect[]=x', accept)
             self.assertEqual((status, headers['Content-Type']), (200, content_type))
             self.assertEqual(int(headers['Content-Length']), len(body.encode()))
-            self.assertTrue(body.splitlines()[-1].startswith(last), body[-200:])
-            self.assertEqual((body[-1], body.count('# EOF')), ('\n', last == '# EOF'))
-            self.assertRegex(body, r'\nkubensage_snapshot_age_seconds \d')
+            self.assertRegex(body, rf'\A((?!# EOF).*\n)+kubensage_snapshot_age_seconds \d\S*\n{end}\Z')
 
     def test_each_snapshot_is_rendered_once_a_format_and_nobody_waits_for_that(self):
         self.serve(sample(1))
@@ -3320,11 +3161,11 @@ class HttpTest(Case):
 
     def test_no_path_leads_to_files_and_nothing_but_get_is_answered(self):
         self.serve(sample(1))
-        for path in ('/', '/../etc/passwd', '/%2e%2e/etc/passwd', '/metrics/', '/etc/passwd', '//etc/passwd',
-                     '/healthz/../metrics', '*', 'http://node/etc/passwd'):
+        for path in ('/ /../etc/passwd /%2e%2e/etc/passwd /metrics/ /etc/passwd //etc/passwd /healthz/../metrics * '
+                     'http://node/etc/passwd').split():
             with self.subTest(path):
                 self.assertEqual(self.get(path)[::2], (404, '404: only /metrics and /healthz are served\n'))
-        for method in ('HEAD', 'POST', 'PUT', 'DELETE', 'OPTIONS', 'TRACE', 'CONNECT'):
+        for method in 'HEAD POST PUT DELETE OPTIONS TRACE CONNECT'.split():
             with self.subTest(method):
                 self.assertIn(self.get('/metrics', method=method)[0], (405, 501))
 
@@ -3353,9 +3194,7 @@ class HttpTest(Case):
 
     def test_a_client_that_reads_slowly_delays_no_other(self):
         self.serve(timeout=2 * PATIENCE_SECONDS)
-        metrics = sample(1)
-        metrics.pod_metrics.extend(wire.PodMetrics(namespace='n' * 200, name=f'{n}' * 50) for n in range(5000))
-        self.publish(metrics)
+        self.publish(sample(1, [dict(namespace='n' * 200, name=f'{n}' * 50) for n in range(5000)]))
         slow = socket.socket()
         self.addCleanup(slow.close)
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
@@ -3368,9 +3207,9 @@ class HttpTest(Case):
     def test_many_at_once_get_the_same(self):
         self.serve(exposed_metrics())
         with concurrent.futures.ThreadPoolExecutor(16) as pool:
-            answers = list(pool.map(lambda _: self.get('/metrics'), range(100)))
-        self.assertEqual({status for status, _, _ in answers}, {200})
-        self.assertEqual(len({body.rpartition('kubensage_snapshot_age')[0] for _, _, body in answers}), 1)
+            answers = pool.map(self.get, ['/metrics'] * 100)
+        (status, _), = {(status, body.rpartition('kubensage_snapshot_age')[0]) for status, _, body in answers}
+        self.assertEqual(status, 200)
 
     def test_ipv6(self):
         try:
@@ -3422,14 +3261,13 @@ class LogTest(Case):
 
     def numbers(self, path):
         with (gzip.open if path.endswith('.gz') else open)(path, 'rt') as file:
-            return [int(line) for line in file]
+            return list(map(int, file))
 
     def test_rotated_files(self):
         for arguments, names in (
-                (['--log-max-backups', '2'], ['a.log', 'a.log.1.gz', 'a.log.2.gz']),
-                (['--log-max-backups', '2', '--log-compress=false'], ['a.log', 'a.log.1', 'a.log.2']),
-                (['--log-max-backups', '1'], ['a.log', 'a.log.1.gz']),
-                (['--log-max-backups', '0'], ['a.log'] + [f'a.log.{number}.gz' for number in range(1, 5)])):
+                (['--log-max-backups=2', '--log-compress=false'], ['a.log', 'a.log.1', 'a.log.2']),
+                (['--log-max-backups=1'], ['a.log', 'a.log.1.gz']),
+                (['--log-max-backups=0'], ['a.log'] + [f'a.log.{number}.gz' for number in range(1, 5)])):
             with self.subTest(arguments):
                 root = self.tree({}).rootfs
                 self.write_log(f'{root}/new/a.log', *arguments)
@@ -3465,8 +3303,8 @@ class LogTest(Case):
 
     def test_malformed_file_is_a_warning_in_the_log_and_the_snapshot_goes_out(self):
         self.write({**NODE, 'proc/meminfo': 'MemTotal'})
-        run = self.main(*self.node, '--once', '--output', 'json', '--cri-socket', f'{self.directory}/no\nINFO such')
-        self.assertIn('no?INFO such\n', run.err)
+        run = self.main(*self.node, '--once', '--output', 'json', '--cri-socket', '/no\nINFO \x1b[2Jsuch')
+        self.assertIn('no?INFO ?[2Jsuch\n', run.err)
         self.assertEqual(run.err, read_text(f'{self.directory}/log'))
         self.assertIn("WARNING memory: meminfo: malformed line: 'MemTotal'\n", run.err)
         self.assertEqual('node-d13', json.loads(run.out)['node_metrics']['hostname'])
@@ -3474,11 +3312,12 @@ class LogTest(Case):
 
     def test_file_and_its_directory_are_not_for_others(self):
         self.addCleanup(os.umask, os.umask(0))
-        self.write_log(f'{self.directory}/new/a.log', '--log-compress=false', lines=15)
-        self.write_log(f'{self.directory}/new/b.log', lines=15)
-        modes = {name: mode_of(f'{self.directory}/new/{name}') for name in os.listdir(f'{self.directory}/new')}
+        new = f'{self.directory}/new'
+        self.write_log(f'{new}/a.log', '--log-compress=false', lines=15)
+        self.write_log(f'{new}/b.log', lines=15)
+        modes = {name: mode_of(f'{new}/{name}') for name in os.listdir(new)}
         self.assertEqual(dict.fromkeys(('a.log', 'a.log.1', 'b.log', 'b.log.1.gz'), 0o640), modes)
-        self.assertEqual(0o750, mode_of(f'{self.directory}/new'))
+        self.assertEqual(0o750, mode_of(new))
 
     def refusal(self, path):
         with self.assertRaises(OSError) as raised:
@@ -3486,34 +3325,22 @@ class LogTest(Case):
         return raised.exception.strerror
 
     def test_no_link_of_another_user_is_followed(self):
-        self.write({'victim': 'mine\n', 'real/x': ''})
-        os.symlink(f'{self.directory}/victim', f'{self.directory}/a.log')
-        os.symlink(f'{self.directory}/nowhere', f'{self.directory}/b.log')
-        os.symlink(f'{self.directory}/real', f'{self.directory}/ours')
-        self.assertEqual(['Too many levels of symbolic links'] * 2,
-                         [self.refusal(f'{self.directory}/{name}.log') for name in 'ab'])
-        self.write_log(f'{self.directory}/ours/a.log', lines=1)
-        if os.geteuid() == 0:
-            os.symlink(f'{self.directory}/real', f'{self.directory}/theirs')
-            os.lchown(f'{self.directory}/theirs', 12345, 0)
-            os.chown(f'{self.directory}/real/x', 12345, 0)
-            self.assertEqual(f'{self.directory}/theirs belongs to user 12345',
-                             self.refusal(f'{self.directory}/theirs/c.log'))
-            self.assertEqual(f'{self.directory}/real/x belongs to user 12345', self.refusal(f'{self.directory}/real/x'))
-        self.assertEqual('mine\n', read_text(f'{self.directory}/victim'))
-        self.assertFalse(os.path.exists(f'{self.directory}/nowhere') or os.path.exists(f'{self.directory}/real/c.log'))
-
-    def test_no_link_is_followed_when_the_log_is_rotated(self):
-        os.symlink(f'{self.directory}/victim', f'{self.directory}/a.log.1.gz')
+        root = self.write({'victim': 'mine\n', 'real/x': ''}).rootfs
+        for name, target in (('a.log', 'victim'), ('b.log', 'nowhere'), ('ours', 'real'), ('theirs', 'real'),
+                             ('real/a.log.1.gz', 'nowhere')):
+            os.symlink(f'{root}/{target}', f'{root}/{name}')
+        for name in 'a.log', 'b.log':
+            self.assertEqual('Too many levels of symbolic links', self.refusal(f'{root}/{name}'))
+        # It is rotated, too.
         with mock.patch.object(logging, 'raiseExceptions', False):
-            self.write_log(f'{self.directory}/a.log', lines=25)
-        self.assertFalse(os.path.exists(f'{self.directory}/victim'))
-
-    def test_no_name_forges_a_line(self):
-        record = logging.LogRecord('x', logging.INFO, '', 1, 'mount %s: %s', ('/a\n2026 INFO all well', '\x1b[2J'),
-                                   None)
-        self.assertTrue(agent.one_line(record))
-        self.assertEqual('mount /a?2026 INFO all well: ?[2J', record.getMessage())
+            self.write_log(f'{root}/ours/a.log', lines=25)
+        if os.geteuid() == 0:
+            os.lchown(f'{root}/theirs', 12345, 0)
+            os.chown(f'{root}/real/x', 12345, 0)
+            for path, refused in ('theirs/c.log', 'theirs'), ('real/x', 'real/x'):
+                self.assertEqual(f'{root}/{refused} belongs to user 12345', self.refusal(f'{root}/{path}'))
+        self.assertEqual('mine\n', read_text(f'{root}/victim'))
+        self.assertFalse(os.path.exists(f'{root}/nowhere') or os.path.exists(f'{root}/real/c.log'))
 
 
 # --- command line
@@ -3527,33 +3354,25 @@ class CommandLineTest(Case):
         return run.err
 
     def test_defaults(self):
+        """Those that are neither None nor False."""
         self.assertEqual(
-            {'relay_address': None, 'main_loop_duration': 5, 'buffer_retention': 10, 'buffer_max_size': 64,
-             'spool_dir': None, 'spool_max_size': 512, 'relay_tls': False, 'relay_ca': None, 'relay_cert': None,
-             'relay_key': None, 'relay_server_name': None, 'relay_token_file': None, 'top_n': 10, 'once': False,
-             'output': 'json', 'listen': None, 'print_unit': False, 'print_daemonset': False, 'live': False,
-             'container_stats': 'cgroup', 'fs_stats_interval': 60, 'cri_socket': None, 'procfs': '/proc',
-             'sysfs': '/sys', 'rootfs': '/', 'log_level': 'info', 'log_file': None, 'log_max_size': 10,
-             'log_max_backups': 5, 'log_max_age': 30, 'log_compress': True},
-            vars(agent.parse_options([], {})))
+            {'main_loop_duration': 5, 'buffer_retention': 10, 'buffer_max_size': 64, 'spool_max_size': 512, 'top_n': 10,
+             'output': 'json', 'container_stats': 'cgroup', 'fs_stats_interval': 60, 'procfs': '/proc',
+             'sysfs': '/sys', 'rootfs': '/', 'log_level': 'info', 'log_max_size': 10, 'log_max_backups': 5,
+             'log_max_age': 30, 'log_compress': True},
+            {name: value for name, value in vars(agent.parse_options([], {})).items() if value not in (None, False)})
 
     def test_values(self):
-        for argument, value in (
-                ('--relay-address=relay.example:50051', 'relay.example:50051'),
-                ('--relay-address=[2001:db8::1]:1', '[2001:db8::1]:1'),
-                ('--relay-address=192.0.2.1:65535', '192.0.2.1:65535'),
-                ('--main-loop-duration=0.1', 0.1),
-                ('--buffer-retention=0.5', 0.5),
-                ('--top-n=0', 0), ('--once', True), ('--once=false', False),
-                ('--once=1', True), ('--output=prometheus', 'prometheus'), ('--listen=[::1]:9551', '[::1]:9551'),
-                ('--container-stats=cri', 'cri'),
-                ('--fs-stats-interval=1', 1),
-                ('--fs-stats-interval=0.5e2', 50),
-                ('--log-level=debug', 'debug'),
-                ('--log-max-size=0.5', 0.5), ('--log-max-backups=0', 0),
-                ('--log-max-age=0', 0),
-                ('--log-compress=F', False), ('--log-compress=0', False),
-                ('--log-compress=TRUE', True), ('--log-compress', True)):
+        for argument, value in {
+                '--relay-address=relay.example:50051': 'relay.example:50051',
+                '--relay-address=[2001:db8::1]:1': '[2001:db8::1]:1',
+                '--relay-address=192.0.2.1:65535': '192.0.2.1:65535',
+                '--main-loop-duration=0.1': 0.1, '--buffer-retention=0.5': 0.5, '--top-n=0': 0,
+                '--once': True, '--once=false': False, '--once=1': True, '--output=prometheus': 'prometheus',
+                '--listen=[::1]:9551': '[::1]:9551', '--container-stats=cri': 'cri',
+                '--fs-stats-interval=1': 1, '--fs-stats-interval=0.5e2': 50, '--log-level=debug': 'debug',
+                '--log-max-size=0.5': 0.5, '--log-max-backups=0': 0, '--log-max-age=0': 0, '--log-compress=F': False,
+                '--log-compress=0': False, '--log-compress=TRUE': True, '--log-compress': True}.items():
             with self.subTest(argument):
                 flag, equals, text = argument.partition('=')
                 name = flag[2:].replace('-', '_')
@@ -3565,26 +3384,25 @@ class CommandLineTest(Case):
 
     def test_wrong_value_is_one_line_that_names_flag_and_value(self):
         wrong = {
-            '--relay-address': ('relay', 'relay:', ':50051', 'relay:0', 'relay:65536', 'http://relay:1',
-                                '2001:db8::1:1', 'a b:1', ''),
-            '--listen': ('9551', ':9551', '::1:9551', 'localhost:x'),
-            '--main-loop-duration': ('0.09', '-1', 'nan', 'inf', '5s', '', '1e9'),
-            '--buffer-retention': ('0', '-1', 'x'),
-            '--buffer-max-size': ('0',),
-            '--spool-max-size': ('0',),
-            '--top-n': ('-1', '1.5', 'x', 'NaN', ''),
-            '--once': ('yes', '2', ''),
-            '--fs-stats-interval': ('0', '0.9', '-1', 'x', 'nan'),
-            '--log-max-size': ('0', '-1', 'x'),
-            '--log-max-backups': ('-1', '0.5'),
-            '--log-max-age': ('-1', 'x'),
-            '--log-compress': ('no', 'off'),
-            '--output': ('xml', 'JSON', 'a\nb'),
-            '--container-stats': ('none', 'CRI'),
-            '--log-level': ('trace', 'INFO'),
+            '--relay-address': 'relay|relay:|:50051|relay:0|relay:65536|http://relay:1|2001:db8::1:1|a b:1|',
+            '--listen': '9551|:9551|::1:9551|localhost:x',
+            '--main-loop-duration': '0.09|-1|nan|inf|5s||1e9',
+            '--buffer-retention': '0|-1|x',
+            '--buffer-max-size': '0',
+            '--spool-max-size': '0',
+            '--top-n': '-1|1.5|x|NaN|',
+            '--once': 'yes|2|',
+            '--fs-stats-interval': '0|0.9|-1|x|nan',
+            '--log-max-size': '0|-1|x',
+            '--log-max-backups': '-1|0.5',
+            '--log-max-age': '-1|x',
+            '--log-compress': 'no|off',
+            '--output': 'xml|JSON|a\nb',
+            '--container-stats': 'none|CRI',
+            '--log-level': 'trace|INFO',
         }
         for flag, values in wrong.items():
-            for value in values:
+            for value in values.split('|'):
                 reason = f'(invalid choice: )?{re.escape(repr(value))} (is n|.choose from )'
                 with self.subTest(flag=flag, value=value):
                     self.assertRegex(self.failure([f'{flag}={value}']), f'^kubensage-agent: {flag}: {reason}')
@@ -3704,8 +3522,8 @@ class ServiceTest(Case):
 
     def test_nothing_blinds_it(self):
         unit = self.unit()
-        for setting in ('ProcSubset', 'ProtectProc', 'PrivateNetwork', 'PrivateUsers', 'ProtectClock', 'User',
-                        'DynamicUser', 'RootDirectory', 'InaccessiblePaths', 'PrivatePIDs', 'IPAddressDeny'):
+        for setting in ('ProcSubset ProtectProc PrivateNetwork PrivateUsers ProtectClock User DynamicUser '
+                        'RootDirectory InaccessiblePaths PrivatePIDs IPAddressDeny').split():
             self.assertNotIn(setting, unit)
         self.assertEqual(set(unit['CapabilityBoundingSet'][0].split()), {'CAP_DAC_READ_SEARCH', 'CAP_SYS_PTRACE'})
         self.assertLessEqual({'AF_UNIX', 'AF_INET', 'AF_INET6', 'AF_NETLINK'},
@@ -3727,16 +3545,20 @@ class ServiceTest(Case):
 
     def test_daemonset(self):
         run = self.main('--print-daemonset', '--relay-address', 'r:1', '--listen=0.0.0.0:9000', '--cri-socket',
-                        '/run/k3s/cri.sock', '--top-n=3', '--once')
+                        '/run/k3s/cri.sock', '--top-n=3', '--once', '--log-compress=false', '--spool-dir', 'x')
         self.assertEqual((run.code, run.err), (0, ''))
         documents = run.out.split('\n---\n')
         self.assertEqual([re.search('^kind: (.*)$', text, re.M).group(1) for text in documents],
                          ['Namespace', 'ServiceAccount', 'DaemonSet'])
-        values = dict(re.findall(r'- name: KUBENSAGE_(\w+)\n +value: (".*")$', run.out, re.M))
+        values = {name: json.loads(value)
+                  for name, value in re.findall(r'- name: (KUBENSAGE_\w+)\n +value: (".*")$', run.out, re.M)}
         self.assertEqual(values, {
-            'RELAY_ADDRESS': '"r:1"', 'LISTEN': '"0.0.0.0:9000"', 'CRI_SOCKET': '"/run/k3s/cri.sock"', 'TOP_N': '"3"',
-            'PROCFS': '"/host/proc"', 'SYSFS': '"/host/sys"', 'ROOTFS': '"/host/root"',
-            'SPOOL_DIR': '"/var/lib/kubensage-agent"'})
+            'KUBENSAGE_RELAY_ADDRESS': 'r:1', 'KUBENSAGE_LISTEN': '0.0.0.0:9000',
+            'KUBENSAGE_CRI_SOCKET': '/run/k3s/cri.sock', 'KUBENSAGE_TOP_N': '3', 'KUBENSAGE_PROCFS': '/host/proc',
+            'KUBENSAGE_SYSFS': '/host/sys', 'KUBENSAGE_ROOTFS': '/host/root', 'KUBENSAGE_LOG_COMPRESS': 'false',
+            'KUBENSAGE_SPOOL_DIR': '/var/lib/kubensage-agent'})
+        self.assertFalse(agent.parse_options([], values).log_compress)
+        self.assertIn(f'value: "{agent.DAEMONSET_LISTEN}"\n', self.main('--print-daemonset').out)
         for text in ('hostNetwork: true', 'hostPID: true', 'automountServiceAccountToken: false',
                      'image: python:3-slim', 'path: /healthz', 'containerPort: 9000', 'mountPath: /run/k3s\n',
                      '- operator: Exists'):
@@ -3747,30 +3569,6 @@ class ServiceTest(Case):
         volumes, mounts = (set(re.findall(pattern, documents[2])) for pattern in (
             r'- name: (\w+)\n +(?:hostPath|emptyDir):', r'- name: (\w+)\n +mountPath:'))
         self.assertEqual(volumes, mounts)
-
-    def test_what_the_manifest_sets_is_a_command_line(self):
-        arguments = ['--relay-address', 'r:1', '--log-compress=false', '--spool-dir', 'x']
-        text = agent.render_daemonset(agent.parse_options(arguments, {}), arguments, '/run/a.sock')
-        environment = {name: json.loads(value)
-                       for name, value in re.findall(r'- name: (KUBENSAGE_\w+)\n +value: (".*")$', text, re.M)}
-        again = agent.parse_options([], environment)
-        self.assertEqual((again.log_compress, again.relay_address, again.spool_dir, again.listen),
-                         (False, 'r:1', agent.STATE_DIRECTORY, agent.DAEMONSET_LISTEN))
-
-    def test_each_cycle_tells_systemd_that_the_agent_is_ready_and_what_it_has(self):
-        path, options = f'{self.directory}/notify', agent.parse_options(self.node, {})
-        cycle = (self.tree({}), options, agent.State(), agent.AgentStats(),
-                 agent.Sinks(backlog=agent.Backlog(60, 1e6)), None)
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify, \
-                mock.patch.dict(os.environ, NOTIFY_SOCKET=path):
-            notify.bind(path)
-            notify.setblocking(False)
-            for waiting in '1 snapshot', '2 snapshots':
-                agent.run_cycle(*cycle)
-                self.assertEqual(notify.recv(4096).decode(), 'READY=1\nWATCHDOG=1\nSTATUS=0 pods, 0 containers, '
-                                 f'{waiting} waiting for the relay; in trouble: container runtime')
-        metrics = wire.Metrics(pod_metrics=[wire.PodMetrics(container_metrics=[wire.ContainerMetrics()])])
-        self.assertEqual(agent.status_line(metrics, None, ()), '1 pod, 1 container')
 
 
 # --- golden run
@@ -3861,23 +3659,19 @@ vmstat: {"oom_kill": "4", "pgfault": "362743", "pgmajfault": "1683", "pgpgin": "
 '''
 
 
-def golden_text(test):
-    test.write(NODE)
-    document = json.loads(test.main(*test.node, '--once', '--output', 'json').out)
-    lines = [f'{name}: {json.dumps(item, sort_keys=True)}'
-             for name, value in sorted({**document.pop('node_metrics'), **document}.items())
-             if name not in ('timestamp', 'agent_metrics')
-             for item in (value if value and isinstance(value, list) else [value])]
-    sizes = r', "(total|used|free|used_percent|inodes|inodes_free)": [^,}]+'
-    lines = [re.sub(sizes, '', line) if line.startswith('disk_usages') else line for line in lines]
-    lines = [re.sub(r', "timestamp_ns": "\d+"', '', line) for line in lines]
-    return '\n' + ''.join(textwrap.fill(line, 120, subsequent_indent='  ', break_long_words=False) + '\n'
-                          for line in lines)
-
-
 class GoldenTest(Case):
     def test_node_gives_the_golden_text(self):
-        text = golden_text(self)
+        self.write(NODE)
+        document = json.loads(self.main(*self.node, '--once', '--output', 'json').out)
+        lines = [f'{name}: {json.dumps(item, sort_keys=True)}'
+                 for name, value in sorted({**document.pop('node_metrics'), **document}.items())
+                 if name not in ('timestamp', 'agent_metrics')
+                 for item in (value if value and isinstance(value, list) else [value])]
+        sizes = r', "(total|used|free|used_percent|inodes|inodes_free)": [^,}]+'
+        lines = [re.sub(sizes, '', line) if line.startswith('disk_usages') else line for line in lines]
+        lines = [re.sub(r', "timestamp_ns": "\d+"', '', line) for line in lines]
+        text = '\n' + ''.join(textwrap.fill(line, 120, subsequent_indent='  ', break_long_words=False) + '\n'
+                              for line in lines)
         if 'KUBENSAGE_TEST_GOLDEN' in os.environ:
             print(text)
         self.assertEqual(GOLDEN, text)
@@ -3885,15 +3679,7 @@ class GoldenTest(Case):
 
 # --- malformed input
 
-# kubelet 1.31, shortened, as in /proc/PID/cmdline
-KUBELET_COMMAND_LINE = '/usr/bin/kubelet\0--config=/x.yaml\0--container-runtime-endpoint=unix:///run/x.sock\0'
-CRICTL_YAML = 'runtime-endpoint: unix:///run/k3s/containerd/containerd.sock\nimage-endpoint: ""\ntimeout: 2\n'
-
-
-def packed_record(stored):
-    data = agent.RECORD.pack(b'KSR1', len(stored), len(stored), 1.5, 2.5, b'6' * 36) + stored
-    return data + agent.RECORD_CRC.pack(zlib.crc32(data))
-
+RECORD = agent.RECORD.pack(b'KSR1', 3, 3, 1.5, 2.5, b'6' * 36) + b'abc'
 
 # parse_ function → texts of real systems.
 FUZZED = {
@@ -3901,15 +3687,16 @@ FUZZED = {
     'parse_meminfo': MEMINFO, 'parse_statm': STATM, 'parse_mountinfo': MOUNTINFO, 'parse_diskstats': DISKSTATS,
     'parse_addresses': ADDRESSES, 'parse_net_dev': NET_DEV, 'parse_route': ROUTE, 'parse_ipv6_route': IPV6_ROUTE,
     'parse_os_release': OS_RELEASE, 'parse_uptime': UPTIME, 'parse_loadavg': LOADAVG, 'parse_file_nr': FILE_NR,
-    'parse_snmp6': SNMP6, 'parse_softnet_stat': SOFTNET_STAT, 'parse_record': packed_record(b'abc')}
+    'parse_snmp6': SNMP6, 'parse_softnet_stat': SOFTNET_STAT,
+    'parse_record': RECORD + agent.RECORD_CRC.pack(zlib.crc32(RECORD))}
 # These are told the name of the file as well.
 FUZZED_FILES = {
-    'parse_flat_keyed': VMSTAT, 'parse_nested_keyed': IO_STAT, 'parse_io_stat': IO_STAT + IO_STAT, 'parse_pressure': PRESSURE_CPU,
+    'parse_flat_keyed': VMSTAT, 'parse_nested_keyed': IO_STAT, 'parse_io_stat': IO_STAT + IO_STAT,
+    'parse_pressure': PRESSURE_CPU,
     'parse_snmp': SNMP + NETSTAT, 'parse_sockstat': SOCKSTAT, 'parse_number': '100\n', 'parse_cpu_max': CPU_MAX,
     'parse_memory_stat': GROUP_V2['memory.stat'], 'parse_blkio': BLKIO}
 ODD_NUMBERS = (b'', b'-1', b'-0', b'0x1f', b'1.5', b'1e999', b'NaN', b'inf', b'18446744073709551616', b'9' * 400,
                b'9' * 5000, '\u0663'.encode(), b'\0', b'\x85')
-NUMBER = re.compile(rb'\d+')
 
 
 def mutated(data, chance):
@@ -3928,7 +3715,7 @@ def mutated(data, chance):
         elif accident == 4:
             data = data[at:] + data[:at]
         else:
-            number = NUMBER.search(data, at)
+            number = re.compile(rb'\d+').search(data, at)
             if number:
                 data = data[:number.start()] + chance.choice(ODD_NUMBERS) + data[number.end():]
     return data
@@ -3970,7 +3757,12 @@ class MalformedInputTest(Case):
 
     def test_endpoints_with_accidents_are_paths(self):
         roots = self.write({'proc/7/comm': 'kubelet\n'})
-        for path, text in (('proc/7/cmdline', KUBELET_COMMAND_LINE), ('etc/crictl.yaml', CRICTL_YAML)):
+        for path, text in {
+                # kubelet 1.31, shortened
+                'proc/7/cmdline': '/usr/bin/kubelet\0--config=/x.yaml\0'
+                                  '--container-runtime-endpoint=unix:///run/x.sock\0',
+                'etc/crictl.yaml': 'runtime-endpoint: unix:///run/k3s/containerd/containerd.sock\nimage-endpoint: ""\n'
+                                   'timeout: 2\n'}.items():
             def endpoints(text):
                 self.write({path: text})
                 found = agent.collect_endpoints(roots, None)
@@ -3990,56 +3782,40 @@ class MalformedInputTest(Case):
                 node, _ = collected_node(roots, state)
                 renderings(wire.Metrics.FromString(wire.Metrics(node_metrics=node).SerializeToString()))
             self.write({path: NODE[path]})
-        self.assertLessEqual({field.name for field, _ in whole.ListFields()},
-                             {field.name for field, _ in collected_node(roots, state)[0].ListFields()})
+        self.assertLessEqual({*present(whole)}, {*present(collected_node(roots, state)[0])})
 
     def test_huge_files(self):
         """1,024 CPUs, 5,000 interfaces, 100,000 lines of mounts: as many as the largest machines have, and more."""
-        cpus = ''.join(f'cpu{number} {number} 2 3 4 5 6 7 8 9 10\n' for number in range(1024))
-        with self.subTest('CPUs'):
-            self.assertEqual(1023, agent.parse_stat('cpu 1 2 3 4 5 6 7 8 9 10\n' + cpus)[0]['cpu1023'].user)
-            self.assertEqual(1024, len(agent.parse_cpuinfo(''.join(
-                CPUINFO_X86.partition('\n\n')[0].replace('processor\t: 0', f'processor\t: {number}') + '\n\n'
-                for number in range(1024)))))
-        with self.subTest('interfaces'):
-            roots = self.write({'proc/net/dev': ''.join(
-                f'eth{number}: {number} {columns(2, 15)}\n' for number in range(5000))})
-            usage = collected(agent.collect_network, roots, {}, agent.Cycle(5, {})).net_usage
-            self.assertEqual((sum(range(5000)), 5000 * 9), (usage.total_bytes_received, usage.total_bytes_sent))
-        with self.subTest('mounts'):
-            mounts = ''.join(f'{number} 1 8:{number % 50} / /{number} rw - ext4 /dev/sda rw\n'
-                             for number in range(20_000))
-            self.assertEqual(50, len(agent.real_mounts(agent.parse_mountinfo(mounts))))
+        node, failures = collected_node(self.write({
+            'proc/stat': ''.join(f'cpu{number} {number} 2 3 4\n' for number in range(1024)),
+            'proc/cpuinfo': ''.join(f'processor: {number}\ncore id: {number}\n\n' for number in range(1024)),
+            'proc/net/dev': ''.join(f'eth{number}: {number} {columns(2, 15)}\n' for number in range(5000))}))
+        self.assertEqual({}, failures)
+        self.assertEqual([(number / 100, str(number)) for number in range(1024)],
+                         [(cpu.seconds.user, cpu.core_id) for cpu in node.cpu_infos])
+        self.assertEqual((sum(range(5000)), 5000 * 9),
+                         (node.net_usage.total_bytes_received, node.net_usage.total_bytes_sent))
+        mounts = ''.join(f'{number} 1 8:{number % 50} / /{number} rw - ext4 /dev/sda rw\n' for number in range(20_000))
+        self.assertEqual(50, len(agent.real_mounts(agent.parse_mountinfo(mounts))))
 
-    def test_a_thousand_processes_are_counted_and_the_top_n_are_named(self):
-        roots = self.write({f'proc/{pid}/statm': f'9 {pid} 3\n' for pid in range(1, 1001)})
-        self.write({f'proc/{pid}/comm': f'name of {pid}\n' for pid in (999, 1000)})
-        node = collected(agent.collect_processes, roots, 2)
-        self.assertEqual((1000, ['name of 1000', 'name of 999']),
-                         (node.procs, [process.name for process in node.processes_mem_info]))
-
-    def check_cost(self, files, what):
-        """At most one subject fails, and the rest goes out."""
-        with self.subTest(what):
-            node, failures = collected_node(self.tree(files))
-            wire.NodeMetrics.FromString(node.SerializeToString())
-            self.assertGreater(len(node.ListFields()), 10)
-            self.assertLessEqual(len(failures), 1, failures)
-
-    def test_files_that_are_missing_unreadable_empty_or_truncated_cost_only_their_subject(self):
-        for path in ('proc/stat', 'proc/meminfo', 'proc/diskstats', 'proc/1/net/dev', 'proc/1/mountinfo',
-                     'proc/uptime', 'proc/pressure/cpu'):
-            for content in '', NODE[path][:len(NODE[path]) * 2 // 3], b'\xff\xfe\0' * 9:
-                self.check_cost({**NODE, path: content}, (path, content))
-            self.check_cost({other: text for other, text in NODE.items() if other != path}, (path, 'missing'))
-
-    def test_negative_and_absurd_numbers_cost_only_their_subject(self):
-        for number in ('-1', '-9223372036854775809', '18446744073709551616', '9' * 100):
-            for path, old in (('proc/stat', '1795425261'), ('proc/meminfo', '4015532'), ('proc/diskstats', '1629322'),
-                              ('proc/1/net/dev', '324400'), ('proc/pressure/cpu', '169091998'), ('proc/1/statm', '256'),
-                              ('sys/class/net/lo/mtu', '65536')):
-                self.assertIn(old, NODE[path])
-                self.check_cost({**NODE, path: NODE[path].replace(old, number)}, (path, number))
+    def test_file_missing_empty_truncated_binary_or_with_an_absurd_number_costs_at_most_its_subject(self):
+        for path, number in {
+                'proc/stat': '1795425261', 'proc/meminfo': '4015532', 'proc/diskstats': '1629322',
+                'proc/1/net/dev': '324400', 'proc/1/mountinfo': '254', 'proc/uptime': '261',
+                'proc/pressure/cpu': '169091998', 'proc/1/statm': '256', 'sys/class/net/lo/mtu': '65536'}.items():
+            text = NODE[path]
+            self.assertIn(number, text)
+            absurd = ('-1', '-9223372036854775809', '18446744073709551616', '9' * 100)
+            for content in (None, '', text[:len(text) * 2 // 3], b'\xff\xfe\0' * 9,
+                            *(text.replace(number, other) for other in absurd)):
+                with self.subTest(path, content=content):
+                    files = {**NODE, path: content}
+                    if content is None:
+                        del files[path]
+                    node, failures = collected_node(self.tree(files))
+                    wire.NodeMetrics.FromString(node.SerializeToString())
+                    self.assertGreater(len(present(node)), 10)
+                    self.assertLessEqual(len(failures), 1, failures)
 
     def test_cgroups_with_accidents_cost_their_group_alone(self):
         roots, chance, pods = self.write(OOM_FILES), random.Random(self.SEED), {}
@@ -4053,8 +3829,9 @@ class MalformedInputTest(Case):
             for found in pods['pod'].containers.values():
                 if found.group:
                     agent.fill_usage_from_cgroup(found)
-                    groups[found.message.id] = wire.CgroupMetrics.FromString(found.message.cgroup.SerializeToString())
-                    groups[found.message.id].timestamp_ns = 0
+                    group = wire.CgroupMetrics.FromString(found.message.cgroup.SerializeToString())
+                    group.timestamp_ns = 0
+                    groups[found.message.id] = group
             return groups
 
         whole = collect()
@@ -4091,9 +3868,6 @@ class FakeServer:
         service, method = details.method[1:].split('/')
         return self.find(service, method)
 
-    def find(self, service, method):
-        raise NotImplementedError
-
     def wait(self, context):
         """Until `release`, or until the caller has given up."""
         context.add_callback(self.wake)
@@ -4126,9 +3900,8 @@ class FakeRuntime(FakeServer):
             'Version': cri.VersionResponse(runtime_name='fake', runtime_version='1.0'),
             'ListPodSandbox': list_pods(sandbox('pod')),
             'ListContainers': list_containers(container('app', 'pod')),
-            'ListContainerStats': cri.ListContainerStatsResponse(stats=[stats('app', 10**9, 500)]),
-            'ContainerStatus': cri.ContainerStatusResponse(), 'Status': cri.StatusResponse(),
-            'ImageFsInfo': cri.ImageFsInfoResponse(),
+            'ListContainerStats': list_stats(stats('app', 10**9, 500)),
+            'ContainerStatus': b'', 'Status': b'', 'ImageFsInfo': b'',
             **answers}
         self.hanging = set()
         self.asked = []
@@ -4144,11 +3917,10 @@ class FakeRuntime(FakeServer):
         return grpc.unary_unary_rpc_method_handler(lambda request, context: self.answer(method, request, context))
 
     def answer(self, method, request, context):
-        token = object()
         if method == 'ListContainerStats':
-            self.stats_under_way.add(token)
+            self.stats_under_way.add(context)
             self.most_stats_under_way = max(self.most_stats_under_way, len(self.stats_under_way))
-            context.add_callback(lambda: self.stats_under_way.discard(token))
+            context.add_callback(lambda: self.stats_under_way.discard(context))
         self.asked.append(method)
         self.asked_queue.put(method)
         if method in self.hanging:
@@ -4158,7 +3930,7 @@ class FakeRuntime(FakeServer):
             answer = answer.pop(0) if len(answer) > 1 else answer[0]
         if callable(answer):
             answer = answer(request)
-        self.stats_under_way.discard(token)
+        self.stats_under_way.discard(context)
         if isinstance(answer, grpc.StatusCode):
             context.abort(answer, 'as the test wishes')
         return answer if isinstance(answer, bytes) else answer.SerializeToString()
@@ -4253,6 +4025,15 @@ def closed_address(test):
     return '{}:{}'.format(*reserved.getsockname())
 
 
+def bound_socket(test, path):
+    """Of a server that does not listen, until the test ends."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    bound = socket.socket(socket.AF_UNIX)
+    test.addCleanup(bound.close)
+    bound.bind(path)
+    return bound
+
+
 def accept_silently(listener):
     """A connection to a server that has begun to speak HTTP/2, with an empty SETTINGS frame, and says nothing more."""
     listener.settimeout(PATIENCE_SECONDS)
@@ -4278,18 +4059,29 @@ def wait_for_end(connection):
 # --- what a runtime says
 
 def sandbox(name, state=cri.SANDBOX_READY, created_at=1, uid=''):
-    return cri.PodSandbox(id=name, state=state, created_at=created_at, metadata=cri.PodSandboxMetadata(
-        name=f'{name}-name', uid=uid or f'{name}-uid', namespace='default', attempt=2))
+    return cri.PodSandbox(id=name, state=state, created_at=created_at, metadata={
+        'name': f'{name}-name', 'uid': uid or f'{name}-uid', 'namespace': 'default', 'attempt': 2})
 
 
 def container(name, pod, state=cri.CONTAINER_RUNNING, created_at=3, **image):
-    return cri.Container(id=name, pod_sandbox_id=pod, state=state, created_at=created_at, image=cri.ImageSpec(**image),
-                         metadata=cri.ContainerMetadata(name=f'{name}-name', attempt=4))
+    return cri.Container(id=name, pod_sandbox_id=pod, state=state, created_at=created_at, image=image,
+                         metadata={'name': f'{name}-name', 'attempt': 4})
 
 
 def stats(name, timestamp_ns, usage_ns, rate=None, **others):
-    return cri.ContainerStats(attributes=cri.ContainerAttributes(id=name), cpu=cri.CpuUsage(
-        timestamp=timestamp_ns, usage_core_nano_seconds=value(usage_ns), usage_nano_cores=value(rate)), **others)
+    return cri.ContainerStats(attributes={'id': name}, cpu={
+        'timestamp': timestamp_ns, 'usage_core_nano_seconds': value(usage_ns), 'usage_nano_cores': value(rate)},
+        **others)
+
+
+def layer(timestamp_ns, used_bytes, **others):
+    """A file system: a writable layer, or that of the images."""
+    return cri.FilesystemUsage(timestamp=timestamp_ns, fs_id={'mountpoint': '/x'}, used_bytes=value(used_bytes),
+                               **others)
+
+
+def status_of(**fields):
+    return cri.ContainerStatusResponse(status=fields)
 
 
 def varint(number):
@@ -4358,10 +4150,6 @@ class RuntimeDiscoveryTest(RuntimeCase):
                'proc/77/comm': 'kubelet\n'}
     COMMAND_LINE = {**KUBELET,
                     'proc/77/cmdline': 'kubelet\0--v=2\0--container-runtime-endpoint=unix:///run/cmd.sock\0--x\0'}
-    CONFIG = {'var/lib/kubelet/config.yaml':
-              'kind: KubeletConfiguration\ncontainerRuntimeEndpoint: "unix:///run/config.sock"\nclusterDNS: []\n'}
-    KUBEADM = {'var/lib/kubelet/kubeadm-flags.env':
-               'KUBELET_KUBEADM_ARGS="--pod-x=y --container-runtime-endpoint=unix:///run/kubeadm.sock"\n'}
     CRICTL = {'etc/crictl.yaml': 'runtime-endpoint: unix:///run/crictl.sock\nimage-endpoint: unix:///run/image.sock\n'}
 
     def setUp(self):
@@ -4372,16 +4160,25 @@ class RuntimeDiscoveryTest(RuntimeCase):
         return [path.replace(os.path.realpath(self.directory), '', 1)
                 for path in agent.collect_endpoints(self.write(files), explicit)]
 
+    def taken(self, seconds=3):
+        """Of the runtime that a cycle has taken, its socket and what it speaks, and how many pods there are."""
+        part, runtime = self.cycle(seconds), self.state.runtime
+        return os.path.basename(runtime.socket), runtime.service, len(part.pods)
+
     def test_endpoints_are_ordered_from_the_most_deliberate_to_the_usual(self):
-        usual = list(agent.CRI_SOCKETS)
-        for files, configured in (
-                ({}, []),
-                (self.CRICTL, ['/run/crictl.sock']),
-                (self.KUBEADM, ['/run/kubeadm.sock', '/run/crictl.sock']),
-                (self.CONFIG, ['/run/config.sock', '/run/kubeadm.sock', '/run/crictl.sock']),
-                (self.COMMAND_LINE, ['/run/cmd.sock', '/run/config.sock', '/run/kubeadm.sock', '/run/crictl.sock'])):
-            with self.subTest(configured=configured):
-                self.assertEqual(self.endpoints(files), configured + usual)
+        expected = list(agent.CRI_SOCKETS)
+        self.assertEqual(self.endpoints({}), expected)
+        for name, files in (
+                ('crictl', self.CRICTL),
+                ('kubeadm', {
+                    'var/lib/kubelet/kubeadm-flags.env':
+                    'KUBELET_KUBEADM_ARGS="--pod-x=y --container-runtime-endpoint=unix:///run/kubeadm.sock"\n'}),
+                ('config', {
+                    'var/lib/kubelet/config.yaml': 'kind: KubeletConfiguration\n'
+                    'containerRuntimeEndpoint: "unix:///run/config.sock"\nclusterDNS: []\n'}),
+                ('cmd', self.COMMAND_LINE)):
+            expected.insert(0, f'/run/{name}.sock')
+            self.assertEqual(self.endpoints(files), expected)
 
     def test_the_flag_excludes_every_other_endpoint(self):
         for explicit in ('/run/x.sock', 'unix:///run/x.sock'):
@@ -4402,11 +4199,10 @@ class RuntimeDiscoveryTest(RuntimeCase):
                 self.assertEqual(configured + list(agent.CRI_SOCKETS), self.endpoints({**self.KUBELET, path: text}))
 
     def test_one_socket_under_two_names_counts_once(self):
-        os.makedirs(f'{self.directory}/run')
         os.makedirs(f'{self.directory}/var')
         os.symlink('../run', f'{self.directory}/var/run')
         files = {'etc/crictl.yaml': 'runtime-endpoint: unix:///var/run/crio/crio.sock\n'}
-        self.assertEqual(collections.Counter(self.endpoints(files))['/run/crio/crio.sock'], 1)
+        self.assertEqual(self.endpoints(files).count('/run/crio/crio.sock'), 1)
 
     def test_an_endpoint_through_an_absolute_link_stays_in_the_mounted_root(self):
         """/var/run -> /run on Debian: in a container that sees the node's / elsewhere, /run is the container's own."""
@@ -4419,48 +4215,31 @@ class RuntimeDiscoveryTest(RuntimeCase):
     def test_environment_names_the_runtime_and_the_flag_wins(self):
         for name in ('by-flag', 'by-environment'):
             FakeRuntime(self, f'{self.directory}/{name}.sock', ListPodSandbox=list_pods(sandbox(name)))
-        environment = {'CONTAINER_RUNTIME_ENDPOINT': f'unix://{self.directory}/by-environment.sock'}
         for name, flag in (('by-flag', f'{self.directory}/by-flag.sock'), ('by-environment', '')):
             with self.subTest(name):
-                run = self.main(*self.node, '--once', '--output', 'json', '--cri-socket', flag, environment=environment)
+                run = self.main(*self.node, '--once', '--output=json', '--cri-socket', flag, environment={
+                    'CONTAINER_RUNTIME_ENDPOINT': f'unix://{self.directory}/by-environment.sock'})
                 self.assertEqual([pod['id'] for pod in json.loads(run.out)['pod_metrics']], [name])
 
-    def test_a_runtime_of_either_version_is_understood_v1_first(self):
-        for services, expected in (((V1,), V1), ((V1ALPHA2,), V1ALPHA2), ((V1ALPHA2, V1), V1)):
-            with self.subTest(services=services):
-                self.setUp()
-                FakeRuntime(self, f'{self.directory}/run/crio/crio.sock', services)
-                part = self.cycle()
-                self.assertEqual((self.state.runtime.service, len(part.pods)), (expected, 1))
-
-    def test_a_candidate_that_is_no_runtime_gives_way_to_the_next(self):
+    def test_the_likeliest_candidate_with_sandboxes_is_taken_and_v1_is_preferred_of_its_versions(self):
         """A containerd whose CRI plugin is disabled says UNIMPLEMENTED to both versions."""
-        os.makedirs(f'{self.directory}/run/k3s/containerd')
-        with contextlib.closing(socket.socket(socket.AF_UNIX)) as deserted:
-            deserted.bind(f'{self.directory}/run/k3s/containerd/containerd.sock')
-        FakeRuntime(self, f'{self.directory}/run/containerd/containerd.sock', services=())
-        FakeRuntime(self, f'{self.directory}/run/k0s/containerd.sock', Version=b'\xff\xff')
-        FakeRuntime(self, f'{self.directory}/run/dockershim.sock')
-        part = self.cycle()
-        self.assertEqual((os.path.basename(self.state.runtime.socket), len(part.pods)), ('dockershim.sock', 1))
+        for what, first, services, expected in (
+                ('older version', {'services': (V1ALPHA2,)}, (V1,), ('containerd.sock', V1ALPHA2, 1)),
+                ('both versions', {'services': (V1ALPHA2, V1)}, (V1,), ('containerd.sock', V1, 1)),
+                ('no runtime', {'services': ()}, (V1,), ('crio.sock', V1, 1)),
+                ('nonsense', {'Version': b'\xff\xff'}, (V1,), ('crio.sock', V1, 1)),
+                ('no sandboxes', {'ListPodSandbox': b''}, (V1ALPHA2,), ('crio.sock', V1ALPHA2, 1))):
+            with self.subTest(what):
+                self.setUp()
+                FakeRuntime(self, f'{self.directory}/run/containerd/containerd.sock', **first)
+                FakeRuntime(self, f'{self.directory}/run/crio/crio.sock', services)
+                self.assertEqual(expected, self.taken())
 
-    def test_a_hung_candidate_gives_way_to_the_next(self):
+    def test_a_candidate_that_hangs_or_is_deserted_gives_way_to_the_next(self):
         FakeRuntime(self, f'{self.directory}/run/containerd/containerd.sock').hanging.add('Version')
-        FakeRuntime(self, f'{self.directory}/run/crio/crio.sock')
-        part = self.cycle(seconds=1)
-        self.assertEqual((os.path.basename(self.state.runtime.socket), len(part.pods)), ('crio.sock', 1))
-
-    def test_of_several_runtimes_the_one_with_sandboxes_is_taken(self):
-        FakeRuntime(self, f'{self.directory}/run/containerd/containerd.sock', ListPodSandbox=b'')
-        FakeRuntime(self, f'{self.directory}/run/k3s/containerd/containerd.sock', (V1ALPHA2,))
-        self.assertEqual(len(self.cycle().pods), 1)
-
-    def test_of_several_runtimes_with_sandboxes_the_likeliest_is_taken(self):
-        """Also where it speaks the older version."""
-        FakeRuntime(self, f'{self.directory}/run/containerd/containerd.sock', (V1ALPHA2,))
-        FakeRuntime(self, f'{self.directory}/run/crio/crio.sock')
-        self.cycle()
-        self.assertEqual(os.path.basename(self.state.runtime.socket), 'containerd.sock')
+        bound_socket(self, f'{self.directory}/run/k3s/containerd/containerd.sock')
+        FakeRuntime(self, f'{self.directory}/run/dockershim.sock')
+        self.assertEqual(('dockershim.sock', V1, 1), self.taken(1))
 
     def test_a_runtime_without_sandboxes_gives_way_once_another_has_some(self):
         """Docker's containerd is up before that of k3s."""
@@ -4478,31 +4257,25 @@ class RuntimeDiscoveryTest(RuntimeCase):
         self.assertEqual((reading, reading), (set(named), set(runtime.asked)))
 
     def test_no_runtime_is_a_failure_that_names_what_was_tried(self):
-        os.makedirs(f'{self.directory}/run')
-        with contextlib.closing(socket.socket(socket.AF_UNIX)) as deserted:
-            deserted.bind(f'{self.directory}/run/deserted.sock')
+        bound_socket(self, f'{self.directory}/run/deserted.sock')
         FakeRuntime(self, f'{self.directory}/run/other.sock', services=())
         self.write({'run/file.sock': ''})
-        for name, expected in (('absent', 'no socket at'), ('file', 'no socket at'), ('deserted', 'UNAVAILABLE'),
-                               ('other', 'UNIMPLEMENTED')):
+        for name, expected in (('absent', 'no socket at.*%s'), ('file', 'no socket at.*%s'),
+                               ('deserted', '%s.*UNAVAILABLE'), ('other', '%s.*UNIMPLEMENTED')):
             with self.subTest(name):
                 self.endpoint = f'{self.directory}/run/{name}.sock'
                 part = self.cycle()
                 self.assertEqual((list(part.pods), self.state.runtime), ([], None))
-                self.assertIn(self.endpoint, part.failures['container runtime'])
-                self.assertIn(expected, part.failures['container runtime'])
+                self.assertRegex(part.failures['container runtime'], expected % self.endpoint)
 
     def test_a_connection_that_led_nowhere_is_closed(self):
-        os.makedirs(f'{self.directory}/run')
-        with contextlib.closing(socket.socket(socket.AF_UNIX)) as listener:
-            self.endpoint = self.socket
-            listener.bind(self.socket)
-            listener.listen()
-            for _ in range(3):
-                with concurrent.futures.ThreadPoolExecutor(1) as thread:
-                    thread.submit(self.cycle, seconds=0.3)
-                    connection = accept_silently(listener)
-                wait_for_end(connection)
+        self.endpoint, listener = self.socket, bound_socket(self, self.socket)
+        listener.listen()
+        for _ in range(3):
+            with concurrent.futures.ThreadPoolExecutor(1) as thread:
+                thread.submit(self.cycle, 0.3)
+                connection = accept_silently(listener)
+            wait_for_end(connection)
 
     def test_settings_that_cannot_be_read_cost_nothing_else(self):
         """A hostPath mount of a file that is absent makes a directory of that name."""
@@ -4541,31 +4314,32 @@ LAYOUTS = {
 }
 
 
+def net_dev(*numbers):
+    """Of interfaces eth0, eth1, ..., each with one number in all columns."""
+    return ''.join(f'eth{index}: {f"{number} " * 16}\n' for index, number in enumerate(numbers))
+
+
 class CgroupsTest(Case):
     def test_container_and_pod_are_found_in_every_layout(self):
-        versions = {'v2': ('', V2), 'v1': ('memory/', {}),
-                    'hybrid': ('memory/', {'sys/fs/cgroup/unified/cgroup.controllers': '\n'})}
-        for what, (pod, container_below, uid, qos) in LAYOUTS.items():
-            for version, (controller, extra) in versions.items():
+        for version, (controller, extra) in {
+                'v2': ('', V2), 'v1': ('memory/', {}),
+                'hybrid': ('memory/', {'sys/fs/cgroup/unified/cgroup.controllers': '\n'})}.items():
+            for what, (pod, container_below, uid, qos) in LAYOUTS.items():
                 with self.subTest(what, version=version):
-                    top = f'sys/fs/cgroup/{controller}'
-                    files = {f'{top}{pod}/{container_below}/cgroup.procs': '7\n', f'{top}{pod}/cgroup.procs': '',
-                             f'{top}{pod}/crio-conmon-{APP}.scope/cgroup.procs': '8\n',
-                             f'{top}{pod}/crio-{POD}/cgroup.procs': '',
-                             f'{top}system.slice/containerd.service/cgroup.procs': '9\n',
-                             f'{top}{"0" * 63}/x': '', f'{top}{"A1" * 32}/x': '', f'{top}a{APP}/x': '',
-                             f'{top}{APP}.mount/x': ''}
-                    roots = self.tree({**files, **extra})
-                    tree = agent.read_cgroup_tree(roots)
-                    paths = agent.read_container_cgroups(roots, tree)
-                    self.assertEqual({APP: f'{pod}/{container_below}', POD: f'{pod}/crio-{POD}'}, paths)
-                    self.assertEqual((pod, qos), (agent.pod_cgroup_path(paths[APP], uid), agent.qos_class(pod)))
+                    top, path = f'sys/fs/cgroup/{controller}', f'{pod}/{container_below}'
+                    others = (pod, f'{pod}/crio-conmon-{APP}.scope', f'{pod}/crio-{POD}', '0' * 63, 'A1' * 32,
+                              f'a{APP}', f'{APP}.mount')
+                    roots = self.tree({**{f'{top}{name}/cgroup.procs': '' for name in (path, *others)}, **extra})
+                    self.assertEqual({APP: path, POD: f'{pod}/crio-{POD}'},
+                                     agent.read_container_cgroups(roots, agent.read_cgroup_tree(roots)))
+                    self.assertEqual((pod, qos), (agent.pod_cgroup_path(path, uid), agent.qos_class(pod)))
 
     def test_container_without_a_kubelet_has_no_pod_and_no_class(self):
-        roots = self.tree({**V2, f'sys/fs/cgroup/k8s.io/{APP}/cpu.stat': ''})
-        path = agent.read_container_cgroups(roots, agent.read_cgroup_tree(roots))[APP]
-        self.assertEqual((f'k8s.io/{APP}', None, None),
-                         (path, agent.pod_cgroup_path(path, UID), agent.qos_class(path)))
+        path = f'k8s.io/{APP}'
+        roots = self.tree({**V2, f'sys/fs/cgroup/{path}/cpu.stat': ''})
+        self.assertEqual(({APP: path}, None, None), (
+            agent.read_container_cgroups(roots, agent.read_cgroup_tree(roots)), agent.pod_cgroup_path(path, UID),
+            agent.qos_class(path)))
 
     def test_pod_of_another_uid_or_of_none_is_not_taken(self):
         path = f'kubepods/pod{UID}/{APP}'
@@ -4583,19 +4357,18 @@ class CgroupsTest(Case):
 
     def test_host_network_is_known_by_the_namespace_or_by_the_file(self):
         """Where ns/net may not be read, net/dev of one namespace is one file."""
-        dev = 'lo: ' + '1 ' * 16 + '\neth0: ' + ' '.join(map(str, range(1, 17))) + '\n'
+        dev = f'lo: {columns(1, 16)}\neth0: {columns(1, 16)}\n'
         for link, same in itertools.product((True, False), (True, False)):
             with self.subTest(link=link, same=same):
-                roots = self.tree({'sys/fs/cgroup/a/cgroup.procs': '7\n8\n', 'proc/1/net/dev': dev})
-                for pid, inode in (('1', 1), ('7', 1 if same else 2)):
-                    os.makedirs(f'{roots.rootfs}/proc/{pid}/ns')
+                roots = self.tree({'sys/fs/cgroup/a/cgroup.procs': '7\n8\n', 'proc/1/net/dev': dev,
+                                   'proc/7/net/dev': dev})
+                for pid, inode in ((1, 1), (7, 1 if same else 2)):
+                    os.makedirs(f'{roots.procfs}/{pid}/ns')
                     if link:
-                        os.symlink(f'net:[{inode}]', f'{roots.rootfs}/proc/{pid}/ns/net')
-                os.makedirs(f'{roots.rootfs}/proc/7/net')
+                        os.symlink(f'net:[{inode}]', f'{roots.procfs}/{pid}/ns/net')
                 if same and not link:
-                    os.link(f'{roots.rootfs}/proc/1/net/dev', f'{roots.rootfs}/proc/7/net/dev')
-                else:
-                    write_tree(roots.rootfs, {'proc/7/net/dev': dev})
+                    os.unlink(f'{roots.procfs}/7/net/dev')
+                    os.link(f'{roots.procfs}/1/net/dev', f'{roots.procfs}/7/net/dev')
                 pod = agent.Pod(wire.PodMetrics())
                 for _ in range(2):
                     self.assertEqual((same, {} if same else {'eth0': 1}), self.network(pod, roots, 'a'))
@@ -4605,28 +4378,24 @@ class CgroupsTest(Case):
 
     def test_counters_of_a_pod_are_those_of_now_and_of_the_process_of_now(self):
         """A zombie has no net/dev; another procfs may not have the process at all. What is gone leaves nothing."""
-        def dev(*numbers):
-            return ''.join(f'eth{index}: ' + f'{number} ' * 16 + '\n' for index, number in enumerate(numbers))
-
-        roots, pod = self.write({'proc/6/net/x': '', 'proc/8/net/dev': dev(9)}), agent.Pod(wire.PodMetrics())
-        for pid, text, expected in (
-                ('7', dev(1), {'eth0': 1}), ('7', dev(2), {'eth0': 2}), ('7', dev(2), {'eth0': 2}),
-                ('7', dev(3, 4), {'eth0': 3, 'eth1': 4}), ('7', dev(5), {'eth0': 5}), ('8', dev(5), {'eth0': 9}),
-                ('6', dev(5), None), ('7', dev(5), {'eth0': 5}), ('0', dev(5), None), ('7', 'eth0: x\n', None),
-                ('7', dev(6), {'eth0': 6}), ('', dev(6), None)):
-            with self.subTest(pid=pid, text=text):
-                self.write({'sys/fs/cgroup/a/cgroup.procs': pid, 'proc/7/net/dev': text})
+        roots, pod = self.write({'proc/6/net/x': '', 'proc/8/net/dev': net_dev(9)}), agent.Pod(wire.PodMetrics())
+        for pid, numbers, expected in (
+                ('7', [1], {'eth0': 1}), ('7', [2], {'eth0': 2}), ('7', [2], {'eth0': 2}),
+                ('7', [3, 4], {'eth0': 3, 'eth1': 4}), ('7', [5], {'eth0': 5}), ('8', [5], {'eth0': 9}),
+                ('6', [5], None), ('7', [5], {'eth0': 5}), ('0', [5], None), ('7', ['x'], None),
+                ('7', [6], {'eth0': 6}), ('', [6], None)):
+            with self.subTest(pid=pid, numbers=numbers):
+                self.write({'sys/fs/cgroup/a/cgroup.procs': pid, 'proc/7/net/dev': net_dev(*numbers)})
                 self.assertEqual((None, {}) if expected is None else (False, expected), self.network(pod, roots, 'a'))
-                self.assertEqual(['pod networks'] * ('x' in text), list(self.failures))
+                self.assertEqual(['pod networks'] * ('x' in numbers), list(self.failures))
 
     def test_network_is_that_of_the_first_process_that_has_one(self):
         roots = self.write({
             'sys/fs/cgroup/empty/cgroup.procs': '', 'sys/fs/cgroup/zombie/cgroup.procs': '6\n', 'proc/6/net/x': '',
             'sys/fs/cgroup/foreign/cgroup.procs': '0\n', 'sys/fs/cgroup/well/cgroup.procs': '7\n',
-            'proc/7/net/dev': 'eth0: ' + '1 ' * 16 + '\n'})
-        pod = agent.Pod(wire.PodMetrics())
-        self.assertEqual((None, {}), self.network(pod, roots, 'empty', 'zombie', 'foreign', 'gone'))
-        self.assertEqual((False, {'eth0': 1}), self.network(pod, roots, 'empty', 'zombie', 'well'))
+            'sys/fs/cgroup/next/cgroup.procs': '8\n', 'proc/7/net/dev': net_dev(1), 'proc/8/net/dev': net_dev(2)})
+        self.assertEqual((False, {'eth0': 1}), self.network(
+            agent.Pod(wire.PodMetrics()), roots, 'empty', 'zombie', 'foreign', 'gone', 'well', 'next'))
 
 
 # --- pods and containers
@@ -4641,9 +4410,7 @@ OOM_FILES = {
     **V2,
     **below(f'sys/fs/cgroup/{OOM_POD}', {
         'cpu.stat': 'usage_usec 6858104\nuser_usec 1468689\nsystem_usec 5389415\n', 'memory.current': '21848064\n',
-        'memory.events': MEMORY_EVENTS, 'pids.current': '3\n', 'pids.max': 'max\n',
-        'cpu.pressure': 'some avg10=0.00 avg60=0.21 avg300=0.32 total=1971159\n'
-                        'full avg10=0.00 avg60=0.18 avg300=0.27 total=1783012\n'}),
+        'memory.events': MEMORY_EVENTS}),
     **below(f'sys/fs/cgroup/{OOM_POD}/cri-containerd-{HOG}.scope', {
         'cpu.stat': 'usage_usec 1287923\nuser_usec 439064\nsystem_usec 848858\n', 'memory.current': '21278720\n',
         'memory.max': '33554432\n', 'memory.events': re.sub(r'\d+', '0', MEMORY_EVENTS),
@@ -4662,8 +4429,9 @@ OOM_STATS = {HOG: (1297955000, (21254144, 12300288, 21278720, 21037056, 1111, 0)
 MEMORY_FIELDS = ('working_set_bytes', 'available_bytes', 'usage_bytes', 'rss_bytes', 'page_faults', 'major_page_faults')
 
 
-def memory_stats(numbers):
-    return cri.MemoryUsage(timestamp=1, **{name: value(number) for name, number in zip(MEMORY_FIELDS, numbers)})
+def memory_stats(numbers, timestamp=1):
+    return cri.MemoryUsage(timestamp=timestamp, **{
+        name: value(number) for name, number in zip(MEMORY_FIELDS, numbers)})
 
 
 def group(cpu_usec, memory_bytes):
@@ -4681,29 +4449,24 @@ class KernelCase(RuntimeCase):
         self.groups = {name: group(1000, 500) for name in (POD, APP, SIDE)}
         self.pod_usec = 2000
 
-    def path(self, name):
-        return f'{self.directory}/sys/fs/cgroup/kubepods/pod{UID}/{name}'
-
-    def start(self, names=(APP, SIDE), **answers):
-        pod = sandbox(POD, uid=UID)
+    def start(self, **answers):
         self.write(V2)
         self.write_groups()
         return FakeRuntime(self, **{
-            'ListPodSandbox': list_pods(pod),
-            'ListContainers': list_containers(*(container(name, POD) for name in names)),
+            'ListPodSandbox': list_pods(sandbox(POD, uid=UID)),
+            'ListContainers': list_containers(container(APP, POD), container(SIDE, POD)),
             'ListContainerStats': list_stats(*(stats(name, 10**9, 5_000_000, memory=memory_stats(range(1, 7)))
-                                               for name in names)),
+                                               for name in (APP, SIDE))),
             **answers})
 
     def write_groups(self):
         """As if something had run: then the pod's group has run as well."""
         self.pod_usec += 1
-        self.write(below(f'sys/fs/cgroup/kubepods/pod{UID}', group(self.pod_usec, 1000)))
-        self.write({path: text for name, files in self.groups.items()
-                    for path, text in below(f'sys/fs/cgroup/kubepods/pod{UID}/{name}', files).items()})
+        for name, files in {'': group(self.pod_usec, 1000), **self.groups}.items():
+            self.write(below(f'sys/fs/cgroup/kubepods/pod{UID}/{name}', files))
 
     def remove_group(self, name):
-        take_away(self.path(name))
+        take_away(f'{self.directory}/sys/fs/cgroup/kubepods/pod{UID}/{name}')
         del self.groups[name]
 
     def sources(self, part):
@@ -4715,28 +4478,24 @@ class KernelCase(RuntimeCase):
 class KernelSideTest(KernelCase):
     def test_capture_is_what_its_runtime_said(self):
         self.write(OOM_FILES)
-        pod = sandbox('oom-0', uid=UID)
-        FakeRuntime(self, ListPodSandbox=list_pods(pod),
+        FakeRuntime(self, ListPodSandbox=list_pods(sandbox('oom-0', uid=UID)),
                     ListContainers=list_containers(*(container(name, 'oom-0') for name in OOM_STATS)))
         part = self.cycle()
-        self.assertEqual(({}, ['cgroup', 'cgroup']),
-                         (part.failures, [source for source, _ in self.sources(part).values()]))
+        self.assertEqual({}, part.failures)
         for found in part.containers:
             usage_ns, numbers = OOM_STATS[found.id]
+            self.assertEqual(('cgroup', 0), (found.stats_source, found.cgroup.memory.events.oom_kill))
             self.assertTrue(usage_ns - 11_000_000 < found.cpu_metrics.usage_core_nano_seconds.value <= usage_ns)
             self.assertEqual(numbers, tuple(getattr(found.memory_metrics, name).value for name in MEMORY_FIELDS))
             # Without a limit the runtime says 0, and the agent nothing.
-            self.assertEqual(found.id == HOG, found.memory_metrics.HasField('available_bytes'))
-            self.assertEqual(found.id == HOG, found.swap_metrics.HasField('available_bytes'))
-            self.assertTrue(found.swap_metrics.HasField('usage_bytes'))
+            self.assertEqual([found.id == HOG] * 2 + [True], [
+                found.memory_metrics.HasField('available_bytes'), found.swap_metrics.HasField('available_bytes'),
+                found.swap_metrics.HasField('usage_bytes')])
         pod, = part.pods
-        self.assertEqual((2, 1, 48, 6858104, 3, 1971159, OOM_POD), (
-            pod.cgroup.memory.events.oom_kill, pod.cgroup.memory.events.oom, pod.cgroup.memory.events.max,
-            pod.cgroup.cpu.stat.usage_usec, pod.cgroup.pids.current, pod.cgroup.cpu.pressure.some.total.value,
-            pod.cgroup.path))
+        self.assertEqual((OOM_POD, 6858104, {'oom_kill': '2', 'oom': '1', 'max': '48'}), (
+            pod.cgroup.path, pod.cgroup.cpu.stat.usage_usec, known_values(pod.cgroup.memory.events)))
         self.assertEqual(('Burstable', False, [('eth0', 4836, 145)]), (pod.qos_class, pod.host_network, [
             (link.name, link.counters.rx_bytes, link.counters.tx_packets) for link in pod.network_interfaces]))
-        self.assertEqual([0, 0], [found.cgroup.memory.events.oom_kill for found in pod.container_metrics])
 
     def test_v1_gives_the_contracts_fields(self):
         FakeRuntime(self, ListPodSandbox=list_pods(sandbox(POD, uid=UID)),
@@ -4755,7 +4514,7 @@ class KernelSideTest(KernelCase):
 
     def test_open_files_do_not_add_up(self):
         """Pods and containers come and go, one cannot be understood, and the runtime is away for a while."""
-        runtime, counts = self.start(), []
+        runtime = self.start()
         for number in range(12):
             pod, app = sandbox(f'{number:064x}', uid=UID), container(f'{1 << 200 | number:064x}', f'{number:064x}')
             self.groups = {pod.id: group(number, 500), app.id: group(number, 500),
@@ -4764,43 +4523,39 @@ class KernelSideTest(KernelCase):
             runtime.answers['ListPodSandbox'] = list_pods(pod)
             runtime.answers['ListContainers'] = list_containers(app, container(SIDE, pod.id))
             self.cycle()
-            links = [os.path.realpath(f'/proc/self/fd/{name}') for name in os.listdir('/proc/self/fd')]
-            counts.append(sum(link.startswith(f'{self.directory}/sys/fs/cgroup/') for link in links))
+            # Of the pod's and of the container's group; those of the one that cannot be understood are let go.
+            self.assertEqual(3 + 3, sum(
+                os.path.realpath(f'/proc/self/fd/{name}').startswith(f'{self.directory}/sys/fs/cgroup/')
+                for name in os.listdir('/proc/self/fd')))
             self.remove_group(app.id)
             if number in (2, 4, 6):
                 runtime.answers['ListPodSandbox'] = grpc.StatusCode.INTERNAL
                 self.cycle()
-        # Of the pod's and of the container's group; those of the one that cannot be understood are let go.
-        self.assertEqual([3 + 3] * len(counts), counts)
 
     def test_each_part_has_the_moment_at_which_the_group_was_read(self):
-        self.groups[APP].update({'memory.swap.current': '5\n'})
+        self.groups[APP]['memory.swap.current'] = '5\n'
         self.start()
         before = time.time_ns()
-        part = self.cycle(times=2)
-        app = part.containers[0]
+        app = self.cycle(times=2).containers[0]
         self.assertEqual({app.cgroup.timestamp_ns},
                          {app.cpu_metrics.timestamp, app.memory_metrics.timestamp, app.swap_metrics.timestamp})
         self.assertTrue(before < app.cgroup.timestamp_ns <= time.time_ns())
 
     def test_rate_is_of_two_reads_by_our_own_clock(self):
-        runtime = self.start()
+        self.start()
         instants = [time.monotonic_ns()]
         first = self.cycle()
         instants.append(time.monotonic_ns())
         self.groups[APP] = group(901_000, 500)
         self.write_groups()
         instants.append(time.monotonic_ns())
-        second = self.cycle()
+        app, side = self.cycle().containers
         instants.append(time.monotonic_ns())
-        app, side = second.containers
-        rate, used_ns = app.cpu_metrics.usage_nano_cores.value, 900_000_000
-        lowest, highest = (used_ns * 10**9 // (instants[end] - instants[start]) for start, end in ((0, 3), (1, 2)))
+        rate = app.cpu_metrics.usage_nano_cores.value
+        lowest, highest = (900_000_000 * 10**9 // (instants[end] - instants[start]) for start, end in ((0, 3), (1, 2)))
         self.assertTrue(lowest <= rate <= highest, (lowest, rate, highest))
-        self.assertEqual((True, 0), (side.cpu_metrics.HasField('usage_nano_cores'),
-                                     side.cpu_metrics.usage_nano_cores.value))
+        self.assertEqual(UInt64Value(), agent.known(side.cpu_metrics, 'usage_nano_cores'))
         self.assertFalse(first.containers[0].cpu_metrics.HasField('usage_nano_cores'))
-        self.assertEqual(1, runtime.asked.count('ListContainerStats'))
 
     def test_container_without_a_group_gets_what_the_runtime_says(self):
         """A VM's: the statistics are asked for each cycle, and those of a group come from the group. CPU time of one
@@ -4859,18 +4614,17 @@ class KernelSideTest(KernelCase):
         most = 2**64
         for name, text in (('cpu.stat', 'usage_usec x\n'), ('cpu.stat', f'usage_usec {most}\n'),
                            ('cpu.stat', f'usage_usec {most - 1}\n'), ('cpu.stat', f'usage_usec {most // 1000 + 1}\n'),
-                           ('cpu.stat', 'usage_usec -1\n'), ('memory.current', '\n'), ('memory.current', '1e9\n'),
-                           ('memory.stat', 'anon\n'),
+                           ('cpu.stat', 'usage_usec -1\n'), ('memory.current', '1e9\n'),
                            ('memory.stat', f'inactive_file {most - 1}\n'), ('memory.max', '-5\n'),
-                           ('cpu.pressure', 'some x\n'), ('cpu.pressure', 'some total=1\n'), ('io.stat', '8:0 rbytes=-1\n'),
+                           ('cpu.pressure', 'some total=1\n'), ('io.stat', '8:0 rbytes=-1\n'),
                            ('memory.swap.current', f'{most - 1}\n')):
             with self.subTest(name, text=text):
                 self.setUp()
                 self.groups[SIDE][name] = text
                 self.start()
                 part = self.cycle()
-                self.assertEqual(('cgroup', 1000), self.sources(part)[APP])
-                self.assertEqual([APP, SIDE], [found.id for found in part.containers])
+                sources = self.sources(part)
+                self.assertEqual(([APP, SIDE], ('cgroup', 1000)), ([*sources], sources[APP]))
                 self.assertLessEqual(part.failures.keys(), {'cgroups'})
                 self.assertTrue(part.pods[0].HasField('cgroup'))
 
@@ -4893,14 +4647,16 @@ class KernelSideTest(KernelCase):
         opened = []
         for count in (4, 8, 12):
             self.setUp()
-            pods = [sandbox(f'{count + number:064x}', uid=f'uid{number:09}') for number in range(count)]
-            containers = [container(f'{1 << 200 | number:064x}', pod.id) for number, pod in enumerate(pods)]
-            for number, (pod, app) in enumerate(zip(pods, containers)):
-                top, files = f'sys/fs/cgroup/kubepods/pod{pod.metadata.uid}', group(1, 2)
-                self.write({f'proc/{number}/net/dev': NET_DEV, **below(top, files), f'{top}/cgroup.procs': ''})
-                for name in (pod.id, app.id):
-                    self.write(below(f'{top}/{name}', {**files, 'cgroup.procs': f'{number}\n'}))
             self.write(V2)
+            pods, containers = [], []
+            for number in range(count):
+                pod, app, uid = f'{count + number:064x}', f'{1 << 200 | number:064x}', f'uid{number:09}'
+                pods.append(sandbox(pod, uid=uid))
+                containers.append(container(app, pod))
+                self.write({f'proc/{number}/net/dev': NET_DEV})
+                for name, process in (('', ''), (pod, number), (app, number)):
+                    self.write(below(f'sys/fs/cgroup/kubepods/pod{uid}/{name}', {
+                        **group(1, 2), 'cgroup.procs': f'{process}\n'}))
             FakeRuntime(self, ListPodSandbox=list_pods(*pods), ListContainers=list_containers(*containers))
             self.cycle()
             with mock.patch.object(agent.os, 'open', wraps=os.open) as read, \
@@ -4947,8 +4703,8 @@ class LivingMessageTest(RuntimeCase):
     def status(self, request):
         id = cri.ContainerStatusRequest.FromString(request).container_id
         state, = (containers[id] for containers in self.pods.values() if id in containers)
-        return cri.ContainerStatusResponse(status=cri.ContainerStatus(
-            state=state, started_at=5, exit_code=3, reason='Error' if state == cri.CONTAINER_EXITED else ''))
+        return status_of(state=state, started_at=5, exit_code=3,
+                         reason='Error' if state == cri.CONTAINER_EXITED else '')
 
     def change(self, due):
         """Pods, containers, groups and their files come and go."""
@@ -4989,11 +4745,11 @@ class LivingMessageTest(RuntimeCase):
 
     def stats(self, id):
         moment, *numbers = itertools.islice(self.numbers, 8)
-        memory, swap = memory_stats(numbers), cri.SwapUsage(timestamp=moment, swap_usage_bytes=value(moment))
-        memory.timestamp = moment
         if self.chance(0.3):
-            memory.ClearField('available_bytes')
-        return stats(id, moment, moment, memory=memory, swap=swap if self.chance(0.7) else None)
+            # That of available_bytes.
+            numbers[1] = None
+        swap = {'timestamp': moment, 'swap_usage_bytes': value(moment)} if self.chance(0.7) else None
+        return stats(id, moment, moment, memory=memory_stats(numbers, moment), swap=swap)
 
     def path(self, *ids):
         return '/'.join((f'kubepods/poduid{ids[0]}', *ids[1:]))
@@ -5011,7 +4767,8 @@ class LivingMessageTest(RuntimeCase):
         path, pid, everything = self.path(*ids), int(ids[0], 16), due or not self.has_group(*ids)
         files = {f'sys/{self.cgroups.file_path(path, file.name)}': file.when
                  for file in agent.GROUP_FILES[self.version]}
-        texts = {f'sys/{self.cgroups.top}/{name}/cgroup.procs': f'{pid}\n' for name in (path, self.path(ids[0], ids[0]))}
+        texts = {f'sys/{self.cgroups.top}/{name}/cgroup.procs': f'{pid}\n'
+                 for name in (path, self.path(ids[0], ids[0]))}
         for name, text in group_of(self.version, path).items():
             there, when = os.path.exists(f'{self.directory}/{name}'), files.get(name)
             if when is None or not everything and (not there or when == agent.SELDOM):
@@ -5020,7 +4777,7 @@ class LivingMessageTest(RuntimeCase):
                 take_away(f'{self.directory}/{name}')
             else:
                 texts[name] = self.new_text(text)
-        self.write({**texts, f'proc/{pid}/net/dev': self.new_text(''.join(f'eth{n}: {"1 " * 16}\n' for n in range(3)))})
+        self.write({**texts, f'proc/{pid}/net/dev': self.new_text(net_dev(1, 1, 1))})
 
     def new_text(self, text):
         text = self.NUMBER.sub(lambda match: str(next(self.numbers)), text)
@@ -5032,37 +4789,34 @@ class LivingMessageTest(RuntimeCase):
 
 class PodsTest(RuntimeCase):
     def cycles(self, runtime, answers):
-        """The one container of the one pod, in a cycle for each of these answers to ListContainerStats."""
+        """The one container of the one pod, in a cycle for each of these answers to ListContainerStats; a tuple is a
+        sample: timestamp, usage, the runtime's rate."""
         metrics = []
         self.new_state()
         for answer in answers:
-            runtime.answers['ListContainerStats'] = answer
+            runtime.answers['ListContainerStats'] = (
+                list_stats(stats('app', *answer)) if isinstance(answer, tuple) else answer)
             metrics.append(self.cycle().containers[0])
         return metrics
 
     def test_every_field_has_its_place(self):
         pod, app = sandbox('pod'), container('app', 'pod', image='sha256:5', user_specified_image='registry/app:5')
-        pod.labels['tier'], pod.runtime_handler, pod_labels = 'web', 'kata', {'tier': 'web'}
+        pod.labels['tier'], pod.runtime_handler = 'web', 'kata'
         app.labels['part'], app.image_ref = 'x', 'sha256:7'
         app.annotations['io.kubernetes.container.restartCount'] = '6'
         FakeRuntime(
-            self, ListPodSandbox=list_pods(pod),
-            ListContainers=list_containers(app),
-            ContainerStatus=cri.ContainerStatusResponse(status=cri.ContainerStatus(
-                state=cri.CONTAINER_EXITED, started_at=51, finished_at=52, exit_code=-53, reason='Error')),
+            self, ListPodSandbox=list_pods(pod), ListContainers=list_containers(app),
+            ContainerStatus=status_of(
+                state=cri.CONTAINER_EXITED, started_at=51, finished_at=52, exit_code=-53, reason='Error'),
             ListContainerStats=list_stats(stats(
-                'app', 11, 12, 13,
-                memory=cri.MemoryUsage(timestamp=21, working_set_bytes=value(22), available_bytes=value(0),
-                                       usage_bytes=value(24), rss_bytes=value(25), page_faults=value(26),
-                                       major_page_faults=value(27)),
-                writable_layer=cri.FilesystemUsage(timestamp=31, fs_id=cri.FilesystemIdentifier(mountpoint='/32'),
-                                                   used_bytes=value(33), inodes_used=value(34)),
-                swap=cri.SwapUsage(timestamp=41, swap_available_bytes=value(42), swap_usage_bytes=value(43)))))
+                'app', 11, 12, 13, memory=memory_stats((22, 0, 24, 25, 26, 27), 21),
+                writable_layer=layer(31, 0, inodes_used=value(34)),
+                swap={'timestamp': 41, 'swap_available_bytes': value(42), 'swap_usage_bytes': value(43)})))
         part = self.cycle()
         self.assertEqual(part.failures, {})
         self.assertEqual(json_format.MessageToDict(part.pods[0], preserving_proto_field_name=True), {
             'id': 'pod', 'uid': 'pod-uid', 'name': 'pod-name', 'namespace': 'default', 'created_at': '1',
-            'state': 'SANDBOX_READY', 'attempt': 2, 'labels': pod_labels, 'runtime_handler': 'kata',
+            'state': 'SANDBOX_READY', 'attempt': 2, 'labels': {'tier': 'web'}, 'runtime_handler': 'kata',
             'container_metrics': [{
                 'id': 'app', 'name': 'app-name', 'image': 'registry/app:5', 'created_at': '3',
                 'state': 'CONTAINER_RUNNING', 'attempt': 4,
@@ -5070,76 +4824,58 @@ class PodsTest(RuntimeCase):
                 'memory_metrics': {'timestamp': '21', 'working_set_bytes': '22', 'available_bytes': '0',
                                    'usage_bytes': '24', 'rss_bytes': '25', 'page_faults': '26',
                                    'major_page_faults': '27'},
-                'file_system_metrics': {'timestamp': '31', 'mountpoint': '/32', 'used_bytes': '33',
+                'file_system_metrics': {'timestamp': '31', 'mountpoint': '/x', 'used_bytes': '0',
                                         'inodes_used': '34'},
                 'swap_metrics': {'timestamp': '41', 'available_bytes': '42', 'usage_bytes': '43'},
                 'stats_source': 'cri', 'restart_count': 6, 'labels': {'part': 'x'}, 'image_ref': 'sha256:7',
                 'status': {'started_at_ns': '51', 'finished_at_ns': '52', 'exit_code': -53, 'reason': 'Error'}}]})
 
-    def test_sandboxes_that_are_not_ready_are_not_listed(self):
-        FakeRuntime(self, ListPodSandbox=list_pods(
-            sandbox('b'), sandbox('gone', cri.SANDBOX_NOTREADY), sandbox('a'), sandbox('odd', 7)))
-        self.assertEqual([pod.id for pod in self.cycle().pods], ['a', 'b'])
-
-    def test_containers_are_listed_in_every_state_with_their_own_pod(self):
+    def test_containers_are_listed_in_every_state_with_their_own_pod_if_its_sandbox_is_ready(self):
         FakeRuntime(
-            self, ListPodSandbox=list_pods(sandbox('one'), sandbox('two'), sandbox('none')),
+            self, ListPodSandbox=list_pods(sandbox('one'), sandbox('two'), sandbox('none'), sandbox('unknown', 7),
+                                           sandbox('gone', cri.SANDBOX_NOTREADY)),
             ListContainers=list_containers(
                 container('odd', 'one', 9, 5), container('created', 'one', cri.CONTAINER_CREATED, 4),
-                container('exited', 'one', cri.CONTAINER_EXITED, 3), container('running', 'two', image='nginx'),
-                container('orphan', 'gone')),
+                container('exited', 'one', cri.CONTAINER_EXITED), container('running', 'two', image='nginx'),
+                container('orphan', 'gone'), container('stray', 'nowhere')),
             ListContainerStats=list_stats(
-                cri.ContainerStats(attributes=cri.ContainerAttributes(id='exited'),
-                                   writable_layer=cri.FilesystemUsage(timestamp=6, used_bytes=value(0))),
-                stats('running', 1, 2), stats('unknown', 1, 2)))
-        pods = {pod.id: pod.container_metrics for pod in self.cycle().pods}
-        self.assertEqual({name: [(c.id, c.state) for c in containers] for name, containers in pods.items()}, {
-            'none': [], 'one': [('exited', 'CONTAINER_EXITED'), ('created', 'CONTAINER_CREATED'), ('odd', '9')],
-            'two': [('running', 'CONTAINER_RUNNING')]})
-        exited, created = pods['one'][:2]
-        self.assertFalse(exited.HasField('cpu_metrics') or exited.HasField('memory_metrics'))
-        self.assertTrue(exited.file_system_metrics.HasField('used_bytes'))
-        self.assertFalse(any(created.HasField(part) for part in (
-            'cpu_metrics', 'memory_metrics', 'file_system_metrics', 'swap_metrics')))
-        self.assertEqual(pods['two'][0].image, 'nginx')
-
-    def test_writable_layer_that_was_never_measured_is_absent(self):
-        layer = cri.FilesystemUsage(timestamp=0, fs_id=cri.FilesystemIdentifier(mountpoint='/x'), used_bytes=value(0))
-        FakeRuntime(self, ListContainerStats=list_stats(stats('app', 1, 2, writable_layer=layer)))
-        self.assertFalse(self.cycle().containers[0].HasField('file_system_metrics'))
+                {'attributes': {'id': 'exited'}, 'writable_layer': layer(6, 0)},
+                stats('running', 1, 2, writable_layer=layer(0, 0)), stats('unknown', 1, 2)))
+        self.assertEqual([(pod.id, [(c.id, c.state, c.image, [
+            field.name for field, _ in c.ListFields() if field.name.endswith('_metrics')])
+            for c in pod.container_metrics]) for pod in self.cycle().pods], [
+            ('none', []),
+            ('one', [('exited', 'CONTAINER_EXITED', '', ['file_system_metrics']),
+                     ('created', 'CONTAINER_CREATED', '', []), ('odd', '9', '', [])]),
+            # A layer that was never measured is absent.
+            ('two', [('running', 'CONTAINER_RUNNING', 'nginx', ['cpu_metrics'])])])
 
     def test_usage_nano_cores_is_of_our_own_two_samples(self):
         """Each case: samples (timestamp, usage, the runtime's rate), and the rate after the last of them."""
-        second, absent, runtime = 10**9, None, FakeRuntime(self)
+        runtime = FakeRuntime(self)
         for what, samples, expected in (
-                ('half a core', [(1 * second, 0, None), (3 * second, 1 * second, None)], 500_000_000),
-                ('idle', [(1 * second, 7, None), (2 * second, 7, 99)], 0),
-                ("not the runtime's", [(1 * second, 0, 77), (2 * second, 5, 77)], 5),
-                ('from the last one', [(1 * second, 0, None), (2 * second, 100, None), (3 * second, 103, None)], 3),
-                ('no time has passed', [(5, 0, 77), (5, 9, 77)], absent),
-                ('time went back', [(5, 0, 77), (4, 9, 77)], absent),
-                ('counter went back', [(5, 9, 77), (6, 8, 77)], absent),
-                ('after a sample that went back', [(1 * second, 100, 77), (2 * second, 0, 77), (3 * second, 4, 77)], 4),
+                ('half a core', [(1_000_000_000, 0, None), (3_000_000_000, 1_000_000_000, None)], 500_000_000),
+                ('idle', [(1_000_000_000, 7, None), (2_000_000_000, 7, 99)], 0),
+                ("not the runtime's", [(1_000_000_000, 0, 77), (2_000_000_000, 5, 77)], 5),
+                ('from the last one', [(1_000_000_000, 0), (2_000_000_000, 100), (3_000_000_000, 103)], 3),
+                ('a cycle without statistics', [(1_000_000_000, 0), grpc.StatusCode.UNKNOWN, (3_000_000_000, 10)], 5),
+                ('no time has passed', [(5, 0, 77), (5, 9, 77)], None),
+                ('time went back', [(5, 0, 77), (4, 9, 77)], None),
+                ('counter went back', [(5, 9, 77), (6, 8, 77)], None),
+                ('after a sample that went back', [(1_000_000_000, 100, 77), (2_000_000_000, 0, 77),
+                                                   (3_000_000_000, 4, 77)], 4),
                 ("first: the runtime's", [(1, 2, 77)], 77),
                 ("first: the runtime's largest", [(1, 2, agent.SANE_NANO_CORES - 1)], agent.SANE_NANO_CORES - 1),
-                ('first: 0 may mean none', [(1, 2, 0)], absent),
-                ('first: containerd 1.6 tearing down', [(1, 2, 2**63)], absent),
-                ('first: more than any machine', [(1, 2, agent.SANE_NANO_CORES)], absent),
-                ('first: none', [(1, 2, None)], absent)):
+                ('first: 0 may mean none', [(1, 2, 0)], None),
+                ('first: containerd 1.6 tearing down', [(1, 2, 2**63)], None),
+                ('first: more than any machine', [(1, 2, agent.SANE_NANO_CORES)], None),
+                ('first: none', [(1, 2)], None)):
             with self.subTest(what):
-                cpu = self.cycles(runtime, [list_stats(stats('app', *sample)) for sample in samples])[-1].cpu_metrics
-                self.assertEqual(cpu.usage_nano_cores.value if cpu.HasField('usage_nano_cores') else absent, expected)
-
-    def test_a_counter_that_went_back_is_no_measurement(self):
-        first, second = self.cycles(FakeRuntime(self), [
-            list_stats(stats('app', 5, 9)), list_stats(stats('app', 6, 0))])
-        self.assertTrue(first.HasField('cpu_metrics'))
-        self.assertFalse(second.HasField('cpu_metrics'))
-
-    def test_samples_survive_a_cycle_without_statistics(self):
-        third = self.cycles(FakeRuntime(self), [
-            list_stats(stats('app', 10**9, 0)), grpc.StatusCode.UNKNOWN, list_stats(stats('app', 3 * 10**9, 10))])[-1]
-        self.assertEqual(third.cpu_metrics.usage_nano_cores.value, 5)
+                metrics = self.cycles(runtime, samples)[-1]
+                rate = agent.known(metrics.cpu_metrics, 'usage_nano_cores')
+                self.assertEqual(expected, rate and rate.value)
+                # A counter that went back is no measurement.
+                self.assertEqual('counter' not in what, metrics.HasField('cpu_metrics'))
 
     def test_nonsense_numbers_cost_no_more_than_themselves(self):
         """Largest and smallest of every type; the rate between these two samples does not fit into 64 bits."""
@@ -5148,8 +4884,8 @@ class PodsTest(RuntimeCase):
             self, ListPodSandbox=list_pods(cri.PodSandbox(id='pod', created_at=least)),
             ListContainers=list_containers(
                 cri.Container(id='app', pod_sandbox_id='pod', created_at=most, state=2**31 - 1))), [
-            list_stats(stats('app', 1, 0)), list_stats(stats('app', 2, 2**64 - 1)), list_stats(stats('app', least, 0)),
-            list_stats(stats('app', most, 2**64 - 1)), list_stats(stats('', 0, 0), stats('app', 0, 0))])), 5)
+            (1, 0), (2, 2**64 - 1), (least, 0), (most, 2**64 - 1),
+            list_stats(stats('', 0, 0), stats('app', 0, 0))])), 5)
 
     def test_what_a_later_runtime_says_of_memory_does_not_get_into_the_relays_contract(self):
         """containerd 2.3 has the pressure there, as field 8."""
@@ -5163,89 +4899,67 @@ class PodsTest(RuntimeCase):
 
 class QuestionsTest(KernelCase):
     def test_statistics_are_asked_for_only_for_the_writable_layers(self):
-        layer = cri.FilesystemUsage(timestamp=31, fs_id=cri.FilesystemIdentifier(mountpoint='/x'), used_bytes=value(33))
-        runtime = self.start(ListContainerStats=list_stats(stats(APP, 1, 2, writable_layer=layer), stats(SIDE, 1, 2)))
+        runtime = self.start(ListContainerStats=list_stats(
+            stats(APP, 1, 2, writable_layer=layer(31, 33)), stats(SIDE, 1, 2)))
         for _ in range(6):
             self.assertEqual([33, 0], [found.file_system_metrics.used_bytes.value for found in self.cycle().containers])
-        layer.used_bytes.value, layer.timestamp = 44, 32
-        runtime.answers['ListContainerStats'] = list_stats(stats(APP, 1, 2, writable_layer=layer))
+        runtime.answers['ListContainerStats'] = list_stats(stats(APP, 1, 2, writable_layer=layer(32, 44)))
         # What is due is asked once.
-        methods = ('ListContainerStats', 'ImageFsInfo', 'Status', 'ListContainers')
-        for later, used, counts in ((14, 33, (1, 1, 1, 8)), (1, 33, (1, 1, 2, 10)), (44, 33, (1, 1, 3, 12)),
-                                    (1, 44, (2, 2, 3, 14))):
+        methods = ('ListContainerStats', 'ImageFsInfo', 'Status')
+        for later, used, counts in ((14, 33, (1, 1, 1)), (1, 33, (1, 1, 2)), (44, 33, (1, 1, 3)), (1, 44, (2, 2, 3))):
             part = self.cycle(times=2, later=later)
             self.assertEqual((used, counts), (part.containers[0].file_system_metrics.used_bytes.value,
                                               tuple(map(runtime.asked.count, methods))))
 
     def test_hung_statistics_cost_nothing_but_the_layers(self):
-        runtime = self.start()
-        runtime.hanging.add('ListContainerStats')
+        self.start().hanging.add('ListContainerStats')
         part = self.cycle(seconds=0.2)
         self.assertEqual({APP: ('cgroup', 1000), SIDE: ('cgroup', 1000)}, self.sources(part))
         self.assertIn('container statistics', part.failures)
-        runtime.release()
-        self.assertEqual({}, self.cycle().failures)
 
     def test_status_is_asked_for_once_after_each_change_of_state(self):
         ids = []
 
         def status(request):
             ids.append(cri.ContainerStatusRequest.FromString(request).container_id)
-            told = cri.ContainerStatus(state=cri.CONTAINER_RUNNING, started_at=8)
-            if len(ids) > 2:
-                told = cri.ContainerStatus(state=cri.CONTAINER_EXITED, started_at=8, finished_at=9, exit_code=137,
-                                           reason='OOMKilled')
-            return cri.ContainerStatusResponse(status=told)
+            return status_of(state=cri.CONTAINER_RUNNING, started_at=8) if len(ids) < 3 else status_of(
+                state=cri.CONTAINER_EXITED, started_at=8, finished_at=9, exit_code=137, reason='OOMKilled')
 
-        def fields(part):
-            told = part.containers[0].status
-            return told.HasField('exit_code'), told.exit_code, told.finished_at_ns, told.reason
+        def told(times):
+            return known_values(self.cycle(times=times).containers[0].status)
 
         runtime = self.start(ContainerStatus=status)
-        part = self.cycle(times=4)
-        self.assertEqual(([APP, SIDE], (False, 0, 0, '')), (sorted(ids), fields(part)))
-        self.assertEqual(8, part.containers[0].status.started_at_ns)
+        self.assertEqual(({'started_at_ns': '8'}, [APP, SIDE]), (told(4), sorted(ids)))
         runtime.answers['ListContainers'] = list_containers(
             container(APP, POD, cri.CONTAINER_EXITED), container(SIDE, POD))
-        for _ in range(3):
-            part = self.cycle()
-            self.assertEqual((True, 137, 9, 'OOMKilled'), fields(part))
+        for times in (1, 2):
+            self.assertEqual({'started_at_ns': '8', 'finished_at_ns': '9', 'exit_code': 137, 'reason': 'OOMKilled'},
+                             told(times))
         self.assertEqual([APP], ids[2:])
 
     def test_a_kill_is_asked_about_again_and_what_is_known_of_it_stays(self):
         """containerd may learn only after the exit that it was for want of memory; and may not answer just then."""
         def told(reason):
-            return cri.ContainerStatusResponse(status=cri.ContainerStatus(
-                state=cri.CONTAINER_EXITED, finished_at=time.time_ns(), exit_code=137, reason=reason))
+            return status_of(state=cri.CONTAINER_EXITED, finished_at=time.time_ns(), exit_code=137, reason=reason)
 
         runtime = self.start(ContainerStatus=[told('Error'), grpc.StatusCode.INTERNAL, told('OOMKilled'),
                                               told('too late')],
                              ListContainers=list_containers(container(APP, POD, cri.CONTAINER_EXITED)))
-        part, reasons = self.cycle(), []
-        for _ in range(4):
-            status = part.containers[0].status
-            reasons.append((status.exit_code, status.reason))
-            part = self.cycle(later=agent.CONDITIONS_SECONDS)
-        self.assertEqual([(137, 'Error'), (137, 'Error'), (137, 'OOMKilled'), (137, 'OOMKilled')], reasons)
+        for reason in ('Error', 'Error', 'OOMKilled', 'OOMKilled'):
+            status = self.cycle(later=agent.CONDITIONS_SECONDS).containers[0].status
+            self.assertEqual((137, reason), (status.exit_code, status.reason))
         self.assertEqual(3, runtime.asked.count('ContainerStatus'))
 
-    def test_statuses_are_asked_for_by_and_by(self):
-        names = [f'{number:064x}' for number in range(agent.STATUSES_PER_CYCLE * 2 + 3)]
-        runtime, counts = self.start(names), []
-        for _ in range(4):
-            part = self.cycle()
-            counts.append(runtime.asked.count('ContainerStatus'))
-        bound = agent.STATUSES_PER_CYCLE
-        self.assertEqual([bound, 2 * bound, 2 * bound + 3, 2 * bound + 3], counts)
-        self.assertTrue(all(found.HasField('status') for found in part.containers))
-
-    def test_those_that_have_ended_are_asked_for_first(self):
-        names = [f'{number:064x}' for number in range(agent.STATUSES_PER_CYCLE * 2)]
-        ended = names[agent.STATUSES_PER_CYCLE:]
-        self.start(ListContainers=list_containers(*(
+    def test_statuses_are_asked_for_by_and_by_and_of_those_that_have_ended_first(self):
+        bound, told = agent.STATUSES_PER_CYCLE, []
+        names = [f'{number:064x}' for number in range(bound * 2 + 3)]
+        ended = names[-bound:]
+        runtime = self.start(ListContainers=list_containers(*(
             container(name, POD, cri.CONTAINER_EXITED if name in ended else cri.CONTAINER_RUNNING) for name in names)))
-        told = [found.id for found in self.cycle().containers if found.HasField('status')]
-        self.assertEqual(ended, told)
+        for asked in (bound, 2 * bound, 2 * bound + 3, 2 * bound + 3):
+            told.append([found.id for found in self.cycle().containers if found.HasField('status')])
+            self.assertEqual(asked, runtime.asked.count('ContainerStatus'))
+        self.assertEqual((ended, names), (told[0], told[-1]))
 
     def test_status_that_fails_is_a_failure_and_not_asked_for_each_cycle(self):
         runtime = self.start(ContainerStatus=grpc.StatusCode.INTERNAL)
@@ -5258,28 +4972,25 @@ class QuestionsTest(KernelCase):
         self.assertNotIn('container status', self.cycle().failures)
 
     def test_states_are_counted_and_the_runtime_is_described(self):
-        pods = [sandbox('a'), sandbox('b', cri.SANDBOX_NOTREADY), sandbox('c', cri.SANDBOX_NOTREADY)]
-        containers = [container(str(number), 'b', state) for number, state in enumerate((0, 1, 1, 2, 2, 2, 3))]
         self.start(
-            ListPodSandbox=list_pods(*pods), ListContainers=list_containers(*containers),
-            Status=cri.StatusResponse(status=cri.RuntimeStatus(conditions=[
-                cri.RuntimeCondition(type='RuntimeReady', status=True),
-                cri.RuntimeCondition(type='NetworkReady', status=False)])),
-            ImageFsInfo=cri.ImageFsInfoResponse(image_filesystems=[cri.FilesystemUsage(
-                timestamp=1, fs_id=cri.FilesystemIdentifier(mountpoint='/images'), used_bytes=value(2),
-                inodes_used=value(3))]))
+            ListPodSandbox=list_pods(*(sandbox(f'pod {number}', state) for number, state in enumerate((0, 1, 1)))),
+            ListContainers=list_containers(*(
+                container(str(number), 'pod 1', state) for number, state in enumerate((0, 1, 1, 2, 2, 2, 3)))),
+            Status=cri.StatusResponse(status={'conditions': [
+                {'type': 'RuntimeReady', 'status': True}, {'type': 'NetworkReady'}]}),
+            ImageFsInfo=cri.ImageFsInfoResponse(image_filesystems=[layer(1, 2, inodes_used=value(3))]))
         self.assertEqual(json_format.MessageToDict(self.cycle().runtime, preserving_proto_field_name=True), {
             'name': 'fake', 'version': '1.0', 'socket': self.socket, 'service': V1,
             'conditions': {'RuntimeReady': True, 'NetworkReady': False},
             'sandboxes': {'SANDBOX_READY': '1', 'SANDBOX_NOTREADY': '2'},
             'containers': {'CONTAINER_CREATED': '1', 'CONTAINER_RUNNING': '2', 'CONTAINER_EXITED': '3',
                            'CONTAINER_UNKNOWN': '1'},
-            'image_file_systems': [{'timestamp': '1', 'mountpoint': '/images', 'used_bytes': '2', 'inodes_used': '3'}]})
+            'image_file_systems': [{'timestamp': '1', 'mountpoint': '/x', 'used_bytes': '2', 'inodes_used': '3'}]})
 
     def test_an_old_answer_about_the_runtime_stays_until_there_is_a_new_one(self):
         runtime = self.start(
             Status=[cri.StatusResponse(status={'conditions': [{'type': 'RuntimeReady'}]}), grpc.StatusCode.INTERNAL],
-            ImageFsInfo=[cri.ImageFsInfoResponse(image_filesystems=[{'used_bytes': {'value': number}}])
+            ImageFsInfo=[cri.ImageFsInfoResponse(image_filesystems=[layer(0, number)])
                          for number in (1, 2)])
         for later, failed, used in ((0, [], 1), (15, ['runtime health'], 1), (45, ['runtime health'], 2)):
             part = self.cycle(later=later)
@@ -5293,8 +5004,8 @@ class AnswersTest(RuntimeCase):
     def test_statistics_that_fail_once_are_asked_for_again_at_once(self):
         runtime = FakeRuntime(self, ListContainerStats=[grpc.StatusCode.NOT_FOUND, list_stats(stats('app', 1, 2))])
         part = self.cycle()
-        self.assertTrue(part.containers[0].HasField('cpu_metrics'))
-        self.assertEqual((part.failures, runtime.asked.count('ListContainerStats')), ({}, 2))
+        self.assertEqual((True, {}, 2), (part.containers[0].HasField('cpu_metrics'), part.failures,
+                                         runtime.asked.count('ListContainerStats')))
 
     def test_statistics_that_always_fail_leave_the_lists(self):
         for answer in (grpc.StatusCode.UNKNOWN, grpc.StatusCode.UNIMPLEMENTED, b'\xff\xff garbage'):
@@ -5303,8 +5014,7 @@ class AnswersTest(RuntimeCase):
                 runtime = FakeRuntime(self, ListContainerStats=answer)
                 part = self.cycle(times=3)
                 metrics = part.containers[0]
-                self.assertEqual((metrics.id, metrics.state), ('app', 'CONTAINER_RUNNING'))
-                self.assertFalse(metrics.HasField('cpu_metrics'))
+                self.assertEqual((metrics.id, metrics.HasField('cpu_metrics')), ('app', False))
                 self.assertIn('ListContainerStats', part.failures['container statistics'])
                 self.assertEqual((runtime.asked.count('Version'), runtime.asked.count('ListContainerStats')), (1, 6))
 
@@ -5313,7 +5023,7 @@ class AnswersTest(RuntimeCase):
         runtime.hanging.add('ListContainerStats')
         part = self.cycle(seconds=0.3)
         for _ in range(4):
-            self.assertEqual([pod.container_metrics[0].id for pod in part.pods], ['app'])
+            self.assertEqual('app', part.containers[0].id)
             self.assertIn('container statistics', part.failures)
             part = self.cycle(seconds=0.1)
         self.assertEqual((runtime.asked.count('ListContainerStats'), runtime.asked.count('Version')), (1, 1))
@@ -5326,10 +5036,8 @@ class AnswersTest(RuntimeCase):
         runtime = FakeRuntime(self)
         runtime.hanging.add('ListContainerStats')
         self.patch(STATS_TIMEOUT_SECONDS=0.15)
-        part = self.cycle(seconds=0.3)
-        for _ in range(5):
-            part = self.cycle(seconds=0.1)
-            self.assertEqual(len(part.pods), 1)
+        for seconds in (0.3, 0.1, 0.1, 0.1, 0.1, 0.1):
+            self.assertEqual(len(self.cycle(seconds).pods), 1)
         self.assertGreater(runtime.asked.count('ListContainerStats'), 1)
         self.assertEqual(runtime.most_stats_under_way, 1)
 
@@ -5342,8 +5050,9 @@ class AnswersTest(RuntimeCase):
             self.assertIn('DEADLINE_EXCEEDED', part.failures['container statistics'])
             if pause:
                 part = self.cycle(times=2, later=pause - 1)
-                self.assertEqual((1, {'container statistics': f'ListContainerStats: paused after {timeouts} time-outs'}),
-                                 (len(part.pods), part.failures))
+                self.assertEqual((1, {
+                    'container statistics': f'ListContainerStats: paused after {timeouts} time-outs'}),
+                    (len(part.pods), part.failures))
                 self.now += 1
             self.assertEqual(timeouts, runtime.asked.count('ListContainerStats'))
         # An answer ends it: the next time-out is the first.
@@ -5383,11 +5092,10 @@ class AnswersTest(RuntimeCase):
             with self.subTest(method=method, answer=answer):
                 self.setUp()
                 runtime = FakeRuntime(self)
-                usual, runtime.answers[method] = runtime.answers[method], answer
+                runtime.answers[method] = [answer, runtime.answers[method]]
                 part = self.cycle()
                 self.assertFalse(part.pods or part.runtime.ListFields())
                 self.assertIn(method, part.failures['container runtime'])
-                runtime.answers[method] = usual
                 part = self.cycle()
                 self.assertEqual((len(part.pods), part.failures), (1, {}))
 
@@ -5404,7 +5112,7 @@ class AnswersTest(RuntimeCase):
 
     def test_a_runtime_replaced_between_two_cycles_is_not_missed_for_one(self):
         before = FakeRuntime(self)
-        part = self.cycle()
+        self.cycle()
         os.rename(self.socket, f'{self.socket}.old')
         after = FakeRuntime(self)
         self.assertEqual(len(self.cycle().pods), 1)
@@ -5420,8 +5128,6 @@ class AnswersTest(RuntimeCase):
             before = state.runtime
             if failed:
                 os.symlink('config.yaml', setting)
-            elif os.path.lexists(setting):
-                os.unlink(setting)
             connected = before.runtime
             metrics, failures = agent.collect_snapshot(roots, options, state, stats)
             self.assertEqual((failed, not failed, failed), (
@@ -5429,6 +5135,7 @@ class AnswersTest(RuntimeCase):
                 metrics.node_metrics.HasField('container_runtime'), state.runtime is not before))
             if failed:
                 self.assertRaises(ValueError, agent.start_call, connected, 'Version', 1)
+                os.unlink(setting)
         self.assertEqual(2, runtime.asked.count('Version'))
 
 
@@ -5469,7 +5176,7 @@ class SnapshotTest(Case):
         self.assertTrue(self.failures)
         return metrics
 
-    def test_a_hung_runtime_delays_the_node_no_longer_than_its_share_and_comes_back(self):
+    def test_a_hung_runtime_delays_the_node_no_longer_than_its_share_and_comes_back_on_one_connection(self):
         for method in ('Version', 'ListPodSandbox', 'ListContainers', 'ListContainerStats', 'ContainerStatus', 'Status',
                        'ImageFsInfo'):
             with self.subTest(method):
@@ -5478,34 +5185,23 @@ class SnapshotTest(Case):
                 runtime.hanging.add(method)
                 self.state = agent.State()
                 self.check_delay()
+                self.snapshot(0.2)
                 runtime.release()
                 metrics = self.snapshot()
                 self.assertTrue(metrics.pod_metrics[0].container_metrics[0].HasField('cpu_metrics'))
-                self.assertEqual({subject for subject in self.failures if 'container' in subject}, set())
+                self.assertNotIn('container', ' '.join(self.failures))
+                self.assertTrue(method == 'Version' or runtime.asked.count('Version') == 1)
 
     def test_a_runtime_that_does_not_even_accept_delays_the_node_no_longer_than_its_share(self):
-        os.makedirs(f'{self.directory}/run')
-        with contextlib.closing(socket.socket(socket.AF_UNIX)) as listener:
-            listener.bind(self.socket)
-            listener.listen()
-            self.assertEqual(len(self.check_delay().pod_metrics), 0)
+        bound_socket(self, self.socket).listen()
+        self.assertEqual(len(self.check_delay().pod_metrics), 0)
         os.unlink(self.socket)
         FakeRuntime(self)
         self.assertEqual(len(self.snapshot().pod_metrics), 1)
 
-    def test_a_hung_runtime_is_asked_on_one_connection(self):
-        runtime = FakeRuntime(self)
-        self.snapshot()
-        runtime.hanging.add('ListPodSandbox')
-        for _ in range(3):
-            self.snapshot(0.2)
-        runtime.release()
-        self.assertEqual(len(self.snapshot().pod_metrics), 1)
-        self.assertEqual(runtime.asked.count('Version'), 1)
-
     def test_the_agent_tells_of_itself(self):
         """Also of what has not happened yet: every subject and every cause is there from the start, with 0."""
-        FakeRuntime(self)
+        FakeRuntime(self, ListContainerStats=grpc.StatusCode.UNKNOWN)
         self.write({'proc/meminfo': 'MemTotal'})
         backlog, before = agent.Backlog(600), time.time_ns()
         one = self.snapshot().agent_metrics
@@ -5515,29 +5211,30 @@ class SnapshotTest(Case):
         second = self.snapshot(backlog=backlog).agent_metrics
         self.assertTrue(before <= one.timestamp_ns < second.timestamp_ns <= time.time_ns())
         self.assertRegex(one.run_id, '^[0-9a-f]{16}$')
-        self.assertEqual(((one.sequence, second.sequence), one.run_id), ((1, 2), second.run_id))
         self.assertNotEqual(agent.AgentStats().run_id, one.run_id)
-        self.assertEqual((one.cycles_total, one.HasField('collection_seconds'), one.HasField('backlog')),
-                         (0, False, False))
-        self.assertEqual((second.version, second.cycles_total, second.skipped_ticks_total), (agent.__version__, 1, 0))
+        self.assertEqual((one.sequence, one.cycles_total, one.HasField('collection_seconds'), one.HasField('backlog')),
+                         (1, 0, False, False))
+        self.assertEqual((second.sequence, second.run_id, second.version, second.cycles_total,
+                          second.skipped_ticks_total), (2, one.run_id, agent.__version__, 1, 0))
         self.assertLess({'bug', 'memory', 'addresses', *agent.RUNTIME_SUBJECTS}, set(one.failures_total))
         self.assertEqual(set(one.failures_total.values()), {0})
-        self.assertEqual(dict(second.failures_total), {**one.failures_total, 'memory': 1})
+        self.assertEqual(dict(second.failures_total), {**one.failures_total, 'memory': 1, 'container statistics': 1})
         self.assertTrue(0 < second.collection_seconds < 5 and 0 < second.uptime_seconds < 60)
         self.assertAlmostEqual(second.cpu_seconds_total, time.process_time(), delta=5)
         self.assertAlmostEqual(second.threads, len(os.listdir('/proc/self/task')), delta=3)
         self.assertAlmostEqual(second.open_files, len(os.listdir('/proc/self/fd')), delta=3)
         self.assertTrue(1 << 20 < second.resident_bytes < 1 << 30)
-        calls = {call.method: call for call in second.cri_methods}
-        self.assertEqual({method: (call.calls_total, call.failures_total) for method, call in calls.items()}, {
-            'Version': (1, 0), 'ListPodSandbox': (2, 0), 'ListContainers': (2, 0), 'ListContainerStats': (2, 0),
+        calls = second.cri_methods
+        self.assertEqual({call.method: (call.calls_total, call.failures_total) for call in calls}, {
+            'Version': (1, 0), 'ListPodSandbox': (2, 0), 'ListContainers': (2, 0), 'ListContainerStats': (4, 4),
             'ContainerStatus': (1, 0), 'Status': (1, 0), 'ImageFsInfo': (1, 0)})
-        self.assertTrue(all(0 < call.last_seconds <= call.seconds_total for call in calls.values()))
-        queue = second.backlog
-        self.assertEqual((queue.snapshots, queue.memory_bytes, queue.spool_bytes, queue.sent_total,
-                          queue.acknowledged_total, queue.reconnects_total), (1, 5, 0, 6, 7, 4))
-        self.assertEqual(dict(queue.dropped_total), {'size': 3, 'retention': 0, 'too large': 0, 'damaged': 0})
-        self.assertAlmostEqual(queue.seconds_since_acknowledgement, 60, delta=5)
+        self.assertTrue(all(0 < call.last_seconds <= call.seconds_total for call in calls))
+        queue = known_values(second.backlog)
+        self.assertAlmostEqual(queue.pop('seconds_since_acknowledgement'), 60, delta=5)
+        self.assertEqual(queue, {
+            'snapshots': '1', 'memory_bytes': '5', 'sent_total': '6', 'acknowledged_total': '7',
+            'reconnects_total': '4',
+            'dropped_total': {'size': '3', 'retention': '0', 'too large': '0', 'damaged': '0'}})
 
     def test_open_files_are_listed_once_a_minute(self):
         stats, seen = self.stats, []
@@ -5547,14 +5244,6 @@ class SnapshotTest(Case):
             seen.append(message.open_files)
             self.addCleanup(os.close, os.open('/', os.O_RDONLY))
         self.assertEqual(seen, [seen[0], seen[0], seen[0] + 2])
-
-    def test_calls_that_fail_are_counted(self):
-        FakeRuntime(self, ListContainerStats=grpc.StatusCode.UNKNOWN)
-        self.snapshot()
-        told = self.snapshot().agent_metrics
-        call = next(call for call in told.cri_methods if call.method == 'ListContainerStats')
-        self.assertEqual((call.calls_total, call.failures_total), (4, 4))
-        self.assertEqual(self.stats.failures['container statistics'], 2)
 
     def test_clock_steps_change_nothing_but_the_timestamp(self):
         """A year back, then 30 years on: the snapshots come, the backlog keeps them, and their durations are real."""
@@ -5570,20 +5259,26 @@ class SnapshotTest(Case):
                 metrics = self.snapshot(backlog=backlog)
                 self.assertEqual((len(metrics.pod_metrics), agent.add_snapshot(backlog, b'x')), (1, {}))
             self.assertAlmostEqual(metrics.timestamp, clock() + shift, delta=5)
-            self.assertEqual({subject for subject in self.failures if 'container' in subject}, set())
+            self.assertNotIn('container', ' '.join(self.failures))
             self.assertTrue(0 < self.stats.collection_seconds < 5)
             self.assertTrue(0 < metrics.agent_metrics.uptime_seconds < 60)
         self.assertEqual((len(backlog.snapshots), dropped(backlog)), (2, {}))
 
     def test_a_trouble_is_logged_when_it_begins_and_when_it_ends(self):
+        states = [{}, {'cpu': 'x'}, {'cpu': 'y'}, {}]
         with self.assertLogs('kubensage-agent') as logged:
-            for previous, now in (({}, {'cpu': 'x'}), ({'cpu': 'x'}, {'cpu': 'y'}), ({'cpu': 'y'}, {})):
+            for previous, now in zip(states, states[1:]):
                 agent.log_changes(previous, now)
-        self.assertEqual([(record.levelname, record.getMessage()) for record in logged.records],
-                         [('WARNING', 'cpu: x'), ('INFO', 'cpu: recovered')])
+        self.assertEqual(logged.output, ['WARNING:kubensage-agent:cpu: x', 'INFO:kubensage-agent:cpu: recovered'])
 
 
 # --- spool
+
+def noise(length, count):
+    """So many texts of this length that nothing compresses."""
+    chance = random.Random(1)
+    return [chance.getrandbits(8 * length).to_bytes(length, 'big') for _ in range(count)]
+
 
 class SpoolTest(Case):
     def setUp(self):
@@ -5595,7 +5290,7 @@ class SpoolTest(Case):
         directory = directory or self.spool
         self.lock = agent.open_spool(directory)
         self.addCleanup(self.end, self.lock)
-        backlog = agent.Backlog(settings.pop('retention_seconds', 600), spool=directory, **settings)
+        backlog = agent.Backlog(600, spool=directory, **settings)
         agent.load_spool(backlog)
         return backlog
 
@@ -5618,32 +5313,29 @@ class SpoolTest(Case):
         backlog, texts = self.open(), [b'%d' % number * number for number in range(1, 21)]
         self.add(backlog, *texts[:12])
         agent.forget_snapshots(backlog, list(backlog.snapshots)[:5])
-        self.end()
-        backlog = self.open()
-        self.assertEqual(self.waiting(backlog), texts[5:12])
-        self.add(backlog, *texts[12:])
-        self.end()
-        backlog = self.open()
-        self.assertEqual((self.waiting(backlog), dropped(backlog)), (texts[5:], {}))
-        self.assertEqual((backlog.memory_bytes, {snapshot.stored for snapshot in backlog.snapshots}), (0, {None}))
+        for waiting, new in (texts[5:12], texts[12:]), (texts[5:], ()):
+            self.end()
+            backlog = self.open()
+            self.assertEqual((self.waiting(backlog), dropped(backlog), backlog.memory_bytes), (waiting, {}, 0))
+            self.add(backlog, *new)
+        self.assertEqual({snapshot.stored for snapshot in backlog.snapshots}, {None})
         agent.forget_snapshots(backlog, list(backlog.snapshots))
         self.assertEqual((os.listdir(self.spool), backlog.spool_bytes), ([], 0))
 
     def test_damaged_records_are_skipped_and_counted_and_the_rest_is_used(self):
         self.add(self.open(), *(b'%d' % number * 100 for number in range(7)))
         self.end()
-        self.damage(1, lambda data: data[:-50])
-        self.damage(2, lambda data: data[:20])
-        self.damage(3, lambda data: b'')
-        self.damage(4, lambda data: data[:-10] + b'?' + data[-9:])
-        self.damage(5, lambda data: data[:20] + b'?' + data[21:])
+        for number, change in enumerate((
+                lambda data: data[:-50], lambda data: data[:20], lambda data: b'',
+                lambda data: data[:-10] + b'?' + data[-9:], lambda data: data[:20] + b'?' + data[21:]), 1):
+            self.damage(number, change)
         os.unlink(agent.record_path(self.spool, 6))
         os.mkdir(agent.record_path(self.spool, 6))
         with self.assertLogs('kubensage-agent', 'WARNING') as logged:
             backlog = self.open()
         self.assertEqual((self.waiting(backlog), dropped(backlog)), ([b'6' * 100], {'damaged': 6}))
-        self.assertEqual(len(logged.output), 1)
-        self.assertIn('0000000000000001.snapshot: record: torn: ', logged.output[0])
+        line, = logged.output
+        self.assertIn('0000000000000001.snapshot: record: torn: ', line)
 
     def test_a_record_spoiled_while_it_waits_is_dropped_and_counted_once(self):
         backlog = self.open()
@@ -5672,7 +5364,7 @@ class SpoolTest(Case):
     def test_age_is_of_the_monotonic_clock_and_of_the_wall_clock_after_another_boot(self):
         header = agent.Record(b'KSR1', 0, 0, monotonic=1000, wall=5000, boot_id=b'this')
         self.check_table(agent.record_age, [
-            ((header, b'this', 1060, 9e9), 60), ((header, b'this', 1060, 0), 60), ((header, b'other', 7, 5090), 90),
+            ((header, b'this', 1060, 9e9), 60), ((header, b'other', 7, 5090), 90),
             ((header, b'other', 7, 0), 0), ((header, b'this', 900, 5000), 0)])
 
     def test_records_of_another_boot_wait_as_long_as_the_wall_clock_says(self):
@@ -5680,28 +5372,25 @@ class SpoolTest(Case):
         for number, age in ((1, 700), (2, 500)):
             header = agent.Record(b'KSR1', 3, 3, 10**9, time.time() - age, b'another'.ljust(36))
             agent.write_record(self.spool, number, header, b'%3d' % age)
-        backlog = self.open(retention_seconds=600)
+        backlog = self.open()
         self.assertEqual(list(agent.drop_excess(backlog, time.monotonic())), ['backlog'])
         self.assertEqual((self.waiting(backlog), dropped(backlog)), ([b'500'], {'retention': 1}))
         self.assertEqual(os.listdir(self.spool), ['0000000000000002.snapshot'])
 
     def test_bytes_on_disk_are_bounded_and_the_oldest_go(self):
-        backlog, data = self.open(spool_max_bytes=5 * agent.BLOCK_BYTES), random.Random(1)
-        texts = [bytes([number]) + data.getrandbits(8 * 4000).to_bytes(4000, 'big') for number in range(12)]
-        failures = [agent.add_snapshot(backlog, text) for text in texts]
-        self.assertEqual(failures[:5] + [list(failure) for failure in failures[5:]], [{}] * 5 + [['backlog size']] * 7)
+        backlog, texts = self.open(spool_max_bytes=5 * agent.BLOCK_BYTES), noise(4000, 12)
+        failures = [list(agent.add_snapshot(backlog, text)) for text in texts]
+        self.assertEqual(failures, [[]] * 5 + [['backlog size']] * 7)
         self.assertEqual((self.waiting(backlog), dropped(backlog)), (texts[7:], {'size': 7}))
         self.assertEqual(sum(os.stat(f'{self.spool}/{name}').st_blocks for name in os.listdir(self.spool)) * 512,
                          backlog.spool_bytes)
 
     @unittest.skipUnless(os.geteuid() == 0, 'a full file system is one that is mounted for the test')
     def test_a_full_disk_falls_back_to_memory_with_one_warning_and_recovers(self):
-        os.mkdir(f'{self.directory}/disk')
-        subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=64k', 'full', f'{self.directory}/disk'], check=True)
-        self.addCleanup(subprocess.run, ['umount', f'{self.directory}/disk'], check=True)
-        backlog, chance = self.open(f'{self.directory}/disk/spool'), random.Random(1)
-        texts = [chance.getrandbits(8 * 12_000).to_bytes(12_000, 'big') for _ in range(12)]
-        troubles = {}
+        disk = self.new_directory()
+        subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=64k', 'full', disk], check=True)
+        self.addCleanup(subprocess.run, ['umount', disk], check=True)
+        backlog, texts, troubles = self.open(f'{disk}/spool'), noise(12_000, 12), {}
         with self.assertLogs('kubensage-agent') as logged:
             for number, text in enumerate(texts):
                 if number == 9:
@@ -5710,17 +5399,16 @@ class SpoolTest(Case):
                 agent.log_changes(troubles, failures)
                 troubles = failures
         self.assertEqual([record.levelname for record in logged.records], ['WARNING', 'INFO'])
-        self.assertRegex(logged.output[0], 'spool: .*/disk/spool cannot be written .No space left on device.: keeping')
+        self.assertIn(f'spool: {disk}/spool cannot be written (No space left on device): keeping', logged.output[0])
         self.assertEqual(self.waiting(backlog), texts[3:])
         self.assertTrue(backlog.memory_bytes and backlog.spool_bytes)
-        self.assertEqual(backlog.snapshots[-1].stored, None)
+        self.assertIsNone(backlog.snapshots[-1].stored)
         self.end()
 
     def test_memory_that_is_full_does_not_cost_what_is_in_the_spool(self):
-        backlog, chance = self.open(max_bytes=2500), random.Random(1)
+        backlog, texts = self.open(max_bytes=2500), noise(1000, 5)
         self.add(backlog, b'1', b'2')
         os.rename(self.spool, f'{self.spool}.away')
-        texts = [chance.getrandbits(8 * 1000).to_bytes(1000, 'big') for _ in range(5)]
         for text in texts:
             self.assertIn('spool', agent.add_snapshot(backlog, text))
         os.rename(f'{self.spool}.away', self.spool)
@@ -5747,17 +5435,12 @@ class SpoolTest(Case):
         self.assertIn('keeping snapshots in memory', line)
 
     def test_a_directory_that_others_could_exchange_is_refused(self):
-        for name in ('mine', 'open', 'theirs'):
-            os.mkdir(f'{self.directory}/{name}')
-        os.symlink(f'{self.directory}/mine', f'{self.directory}/link')
+        self.write({'file': '', 'open/file': ''})
+        os.symlink(f'{self.directory}/open', f'{self.directory}/link')
         os.chmod(f'{self.directory}/open', 0o777)
-        self.write({'file': ''})
-        for path, expected in (('link', '/link is a symbolic link'), ('link/below', '/link is a symbolic link'),
-                               ('open/below', '/open is writable by others'), ('file/below', 'Not a directory')):
+        for path, expected in (('link', '/link is a symbolic link'), ('open/below', '/open is writable by others'),
+                               ('file/below', 'Not a directory')):
             self.check_refusal(f'{self.directory}/{path}', expected)
-        if os.geteuid() == 0:
-            os.chown(f'{self.directory}/theirs', 12345, 0)
-            self.check_refusal(f'{self.directory}/theirs', '/theirs belongs to user 12345')
 
     def test_a_directory_that_is_shared_with_others_is_refused_and_stays_as_it_is(self):
         os.mkdir(self.spool)
@@ -5787,8 +5470,7 @@ class MemoryBacklogTest(unittest.TestCase):
 
     def test_what_waits_is_given_back_as_it_was_and_is_never_longer(self):
         """Of the noise with zeros behind it, one has exactly as many bytes as zlib makes of it."""
-        noise, backlog = random.Random(1).getrandbits(8 * 60).to_bytes(60, 'big'), agent.Backlog(600)
-        noises = [noise + bytes(zeros) for zeros in range(60)]
+        backlog, noises = agent.Backlog(600), [noise(60, 1)[0] + bytes(zeros) for zeros in range(60)]
         self.assertIn(0, [len(text) - len(zlib.compress(text, agent.COMPRESSION_LEVEL)) for text in noises])
         texts = [*self.snapshots(50), b'', *noises]
         for text in texts:
@@ -5805,8 +5487,8 @@ class MemoryBacklogTest(unittest.TestCase):
         self.assertEqual((failures[0], list(failures[-1])), ({}, ['backlog size']))
         self.assertLessEqual(backlog.memory_bytes, 50_000)
         kept = [agent.load_snapshot(backlog, snapshot) for snapshot in backlog.snapshots]
-        self.assertGreater(len(kept), 1)
         self.assertEqual((kept, dropped(backlog)), (texts[-len(kept):], {'size': 80 - len(kept)}))
+        self.assertGreater(len(kept), 1)
 
     def test_a_snapshot_larger_than_the_backlog_is_dropped_alone(self):
         backlog = agent.Backlog(600, max_bytes=100)
@@ -5827,71 +5509,70 @@ class RelayTest(Case):
         """Each pause begins only after `resumed` has said for how long."""
         self.patch(backoff_seconds=lambda failures: self.pauses.put(failures) or self.resumed.get())
 
-    def backlog(self, *timestamps, retention_seconds=600):
-        backlog = agent.Backlog(retention_seconds)
+    def backlog(self, *timestamps):
+        backlog = agent.Backlog(600)
         self.add(backlog, *timestamps)
         return backlog
 
-    def add(self, backlog, *timestamps):
+    def add(self, backlog, *timestamps, **others):
         for timestamp in timestamps:
-            self.assertEqual(agent.add_snapshot(backlog, wire.Metrics(timestamp=timestamp).SerializeToString()), {})
+            text = wire.Metrics(timestamp=timestamp, **others).SerializeToString()
+            self.assertEqual(agent.add_snapshot(backlog, text), {})
 
     def deliver(self, backlog, address, **settings):
-        sender = agent.start_delivery(backlog, agent.Relay(address, **settings))
-        self.addCleanup(agent.close_backlog, backlog, sender, 0.1)
-        return sender
+        self.sender = agent.start_delivery(backlog, agent.Relay(address, **settings))
+        self.addCleanup(agent.close_backlog, backlog, self.sender, 0.1)
 
     def next_pause(self):
         return self.pauses.get(timeout=PATIENCE_SECONDS)
 
-    def drain(self, backlog, sender):
-        """Close the backlog; how much is left."""
-        left = agent.close_backlog(backlog, sender, PATIENCE_SECONDS)
-        self.assertFalse(sender.is_alive())
-        return left
+    def drain(self, backlog, left=0, seconds=PATIENCE_SECONDS):
+        """Close the backlog, in which so many are left."""
+        self.assertEqual(agent.close_backlog(backlog, self.sender, seconds), left)
+        self.assertFalse(self.sender.is_alive())
 
 
 class DeliveryTest(RelayTest):
+    def hold_one(self):
+        """A relay that does not answer before `release`, and a backlog of which one is under way to it."""
+        relay, backlog = FakeRelay(self), self.backlog(1)
+        relay.script.append(relay.hold)
+        self.deliver(backlog, relay.address)
+        relay.next_arrived(1)
+        return relay, backlog
+
+    def check_arrival(self, relay, *timestamps):
+        arrived = relay.next_arrived(len(timestamps))
+        self.assertEqual([metrics.timestamp for metrics in arrived], list(timestamps))
+
     def test_what_is_acknowledged_is_sent_once_and_in_order(self):
         relay, backlog = FakeRelay(self), self.backlog(1, 2, 3)
-        sender = self.deliver(backlog, relay.address)
+        self.deliver(backlog, relay.address)
         self.assertEqual(relay.next_streams(1), [[1, 2, 3]])
         self.add(backlog, 4)
         self.assertEqual(relay.next_streams(1), [[4]])
-        self.assertEqual(self.drain(backlog, sender), 0)
+        self.drain(backlog)
         self.assertTrue(relay.streams.empty())
-
-    def test_a_relay_that_comes_up_late_gets_everything_in_order(self):
-        address, backlog = closed_address(self), self.backlog(1, 2)
-        self.deliver(backlog, address)
-        self.next_pause()
-        self.add(backlog, 3, 4)
-        self.next_pause()
-        relay = FakeRelay(self, port=int(address.rpartition(':')[2]))
-        self.assertEqual([metrics.timestamp for metrics in relay.next_arrived(4)], [1, 2, 3, 4])
-        self.add(backlog, 5)
-        self.assertEqual(relay.next_arrived(1)[0].timestamp, 5)
 
     def test_only_the_answer_acknowledges(self):
         """Whatever else ends a stream, all of its batch is sent again, oldest first, what is new behind it."""
-        for behaviour, arrived in ((cut_after_two, [1, 2]), (refuse, []), (fail_at_the_end, [1, 2, 3]),
-                                   (end_without_answer, [1, 2, 3])):
+        for behaviour, arrived in ((cut_after_two, [1, 2]), (refuse, []), (exhausted, []),
+                                   (fail_at_the_end, [1, 2, 3]), (end_without_answer, [1, 2, 3])):
             with self.subTest(arrived=arrived):
                 relay, backlog = FakeRelay(self, behaviour, behaviour), self.backlog(1, 2, 3)
-                sender = self.deliver(backlog, relay.address)
+                self.deliver(backlog, relay.address)
                 self.assertEqual(relay.next_streams(3), [arrived, arrived, [1, 2, 3]])
-                self.assertEqual((self.drain(backlog, sender), dropped(backlog)), (0, {}))
+                self.drain(backlog)
+                self.assertEqual(dropped(backlog), {})
 
     def test_an_answer_before_the_end_of_the_stream_acknowledges_nothing(self):
         """Of snapshots so large that the relay's window of 64 KiB holds but a part of one; without bdp_probe, it does
         not grow."""
-        relay, backlog = FakeRelay(self, answer_early), agent.Backlog(600)
-        for number in range(1, 4):
-            pod = wire.PodMetrics(id=f'{number}' * (1 << 20))
-            agent.add_snapshot(backlog, wire.Metrics(timestamp=number, pod_metrics=[pod]).SerializeToString())
-        sender = self.deliver(backlog, relay.address)
+        relay, backlog = FakeRelay(self, answer_early), self.backlog()
+        self.add(backlog, 1, 2, 3, pod_metrics=[dict(id='x' * (1 << 20))])
+        self.deliver(backlog, relay.address)
         self.assertEqual(relay.next_streams(2), [[1], [1, 2, 3]])
-        self.assertEqual(self.drain(backlog, sender), 0)
+        self.drain(backlog)
         self.assertEqual((backlog.acknowledged, dropped(backlog)), (3, {}))
 
     def test_a_stream_has_at_most_fifty_snapshots_and_less_after_a_relay_has_hung(self):
@@ -5916,40 +5597,34 @@ class DeliveryTest(RelayTest):
                 wait_for_end(accept_silently(listener))
 
     def test_collection_does_not_wait_for_a_relay_that_answers_late(self):
-        relay = FakeRelay(self)
-        relay.script.append(relay.hold)
-        backlog = self.backlog(1)
-        sender = self.deliver(backlog, relay.address)
-        relay.next_arrived(1)
+        relay, backlog = self.hold_one()
         self.add(backlog, *range(2, 1002))
         self.assertTrue(relay.streams.empty())
         relay.release()
-        self.assertEqual([metrics.timestamp for metrics in relay.next_arrived(1000)], list(range(2, 1002)))
-        self.assertEqual(self.drain(backlog, sender), 0)
+        self.check_arrival(relay, *range(2, 1002))
+        self.drain(backlog)
 
     def test_retention_drops_the_oldest_and_counts_them(self):
-        backlog = self.backlog(1, 2, 3, retention_seconds=60)
+        backlog = self.backlog(1, 2, 3)
         first, second, third = backlog.snapshots
-        self.assertEqual(agent.drop_excess(backlog, first.taken + 60), {})
-        self.assertEqual(list(agent.drop_excess(backlog, (second.taken + third.taken) / 2 + 60)), ['backlog'])
+        self.assertEqual(agent.drop_excess(backlog, first.taken + 599), {})
+        self.assertEqual(list(agent.drop_excess(backlog, (second.taken + third.taken) / 2 + 600)), ['backlog'])
         self.assertEqual((list(backlog.snapshots), dropped(backlog)), ([third], {'retention': 2}))
 
     def test_what_expires_under_way_does_not_take_its_successors_with_it(self):
-        relay = FakeRelay(self)
-        relay.script.append(relay.hold)
-        backlog = self.backlog(1)
-        sender = self.deliver(backlog, relay.address)
-        relay.next_arrived(1)
+        relay, backlog = self.hold_one()
         backlog.snapshots[0] = backlog.snapshots[0]._replace(taken=-math.inf)
         failures = agent.add_snapshot(backlog, wire.Metrics(timestamp=2).SerializeToString())
         self.assertEqual((list(failures), dropped(backlog)), (['backlog'], {'retention': 1}))
         relay.release()
-        self.assertEqual(relay.next_arrived(1)[0].timestamp, 2)
-        self.assertEqual(self.drain(backlog, sender), 0)
+        self.check_arrival(relay, 2)
+        self.drain(backlog)
 
-    def test_a_snapshot_that_no_relay_accepts_is_dropped_with_one_line_and_blocks_nothing(self):
-        relay, backlog = FakeRelay(self), self.backlog(1)
-        troubles = {}
+    def test_the_largest_snapshot_is_accepted_and_a_larger_one_is_dropped_with_one_line_and_blocks_nothing(self):
+        relay, backlog, troubles = FakeRelay(self), self.backlog(1), {}
+        # Each of the two nested fields has a tag of one byte and a length of four.
+        self.add(backlog, 0, pod_metrics=[dict(id='x' * (agent.MAX_SNAPSHOT_BYTES - 10))])
+        self.assertEqual(backlog.snapshots[-1].plain_bytes, agent.MAX_SNAPSHOT_BYTES)
         with self.assertLogs('kubensage-agent') as logged:
             for size in (agent.MAX_SNAPSHOT_BYTES + 1, agent.MAX_SNAPSHOT_BYTES + 2):
                 failures = agent.add_snapshot(backlog, bytes(size))
@@ -5959,22 +5634,12 @@ class DeliveryTest(RelayTest):
         self.assertIn(str(agent.MAX_SNAPSHOT_BYTES + 1), logged.output[0])
         self.add(backlog, 2)
         self.deliver(backlog, relay.address)
-        self.assertEqual(relay.next_streams(1), [[1, 2]])
-
-    def test_the_largest_snapshot_is_accepted(self):
-        relay, backlog = FakeRelay(self), self.backlog(1)
-        # Each of the two nested fields has a tag of one byte and a length of four.
-        largest = wire.Metrics(pod_metrics=[wire.PodMetrics(
-            id='x' * (agent.MAX_SNAPSHOT_BYTES - 10))]).SerializeToString()
-        self.assertEqual((len(largest), agent.add_snapshot(backlog, largest)), (agent.MAX_SNAPSHOT_BYTES, {}))
-        self.deliver(backlog, relay.address)
-        self.assertEqual(relay.next_streams(1), [[1, 0]])
+        self.assertEqual(relay.next_streams(1), [[1, 0, 2]])
 
     def test_what_a_relay_with_a_smaller_limit_refuses_is_dropped_alone(self):
         relay, backlog = FakeRelay(self, limit_bytes=1000), self.backlog(1, 2)
-        for name_length in (2000, 3000):
-            agent.add_snapshot(backlog,
-                               wire.Metrics(pod_metrics=[wire.PodMetrics(id='x' * name_length)]).SerializeToString())
+        for length in (2000, 3000):
+            self.add(backlog, 0, pod_metrics=[dict(id='x' * length)])
             self.add(backlog, 3)
         with self.assertLogs('kubensage-agent', 'ERROR') as logged:
             self.deliver(backlog, relay.address)
@@ -5982,46 +5647,35 @@ class DeliveryTest(RelayTest):
         self.assertEqual((len(logged.output), backlog.acknowledged, dropped(backlog)), (2, 4, {'too large': 2}))
         # What went before the refused one in its stream comes again.
         arrived = [metrics.timestamp for metrics in relay.next_arrived(relay.arrived.qsize())]
-        self.assertEqual(({1, 2, 3}, [3, 3]), (set(arrived), [timestamp for timestamp in arrived if timestamp == 3]))
+        self.assertEqual(({1, 2, 3}, 2), (set(arrived), arrived.count(3)))
 
-    def test_other_shortages_of_the_relay_drop_nothing(self):
-        relay, backlog = FakeRelay(self, exhausted, exhausted), self.backlog(1)
-        self.deliver(backlog, relay.address)
-        self.assertEqual(relay.next_streams(3), [[], [], [1]])
-        self.assertEqual(dropped(backlog), {})
-
-    def test_an_outage_is_logged_when_it_begins_and_when_it_ends(self):
-        relay, backlog = FakeRelay(self, refuse, refuse, refuse), self.backlog(1)
-        with self.assertLogs('kubensage-agent') as logged:
-            sender = self.deliver(backlog, relay.address)
-            relay.next_arrived(1)
-            self.drain(backlog, sender)
-        self.assertEqual([record.levelname for record in logged.records], ['WARNING', 'INFO'])
-        self.assertIn('PERMISSION_DENIED: not you', logged.output[0])
-
-    def test_failures_in_a_row_are_counted_anew_after_an_acknowledgement(self):
+    def test_an_outage_is_logged_when_it_begins_and_when_it_ends_and_its_failures_are_counted(self):
         relay, backlog = FakeRelay(self, refuse, refuse, acknowledge, refuse), self.backlog(1)
-        self.deliver(backlog, relay.address)
-        relay.next_arrived(1)
-        self.add(backlog, 2)
-        relay.next_arrived(1)
+        with self.assertLogs('kubensage-agent') as logged:
+            self.deliver(backlog, relay.address)
+            relay.next_arrived(1)
+            self.add(backlog, 2)
+            relay.next_arrived(1)
+            self.drain(backlog)
+        self.assertEqual([record.levelname for record in logged.records], ['WARNING', 'INFO'] * 2)
+        self.assertIn('PERMISSION_DENIED: not you', logged.output[0])
         self.assertEqual([self.next_pause() for _ in range(3)], [1, 2, 1])
 
     def test_closing_delivers_what_is_left(self):
         """Through as many streams as it takes, and from the middle of a pause."""
         relay = FakeRelay(self, refuse)
         self.pause_seconds, backlog = 1000, self.backlog(*range(60))
-        sender = self.deliver(backlog, relay.address)
+        self.deliver(backlog, relay.address)
         self.next_pause()
-        self.assertEqual(self.drain(backlog, sender), 0)
-        self.assertEqual([metrics.timestamp for metrics in relay.next_arrived(60)], list(range(60)))
+        self.drain(backlog)
+        self.check_arrival(relay, *range(60))
 
     def test_closing_makes_one_attempt_that_may_fail(self):
         relay = FakeRelay(self, usual=refuse)
         self.pause_seconds, backlog = 1000, self.backlog(1, 2)
-        sender = self.deliver(backlog, relay.address)
+        self.deliver(backlog, relay.address)
         self.next_pause()
-        self.assertEqual(self.drain(backlog, sender), 2)
+        self.drain(backlog, 2)
         self.assertEqual(relay.next_streams(2), [[], []])
         self.assertTrue(relay.streams.empty())
 
@@ -6033,16 +5687,13 @@ class DeliveryTest(RelayTest):
             return refuse(messages, context)
 
         relay.script.append(fail_late)
-        self.assertEqual(self.drain(backlog, self.deliver(backlog, relay.address)), 0)
+        self.deliver(backlog, relay.address)
+        self.drain(backlog)
 
     def test_closing_gives_up_on_a_relay_that_hangs(self):
         """Nothing is begun after that: the sending thread has ended."""
-        relay, backlog = FakeRelay(self), self.backlog(1)
-        relay.usual = relay.hold
-        sender = self.deliver(backlog, relay.address)
-        relay.next_arrived(1)
-        self.assertEqual(agent.close_backlog(backlog, sender, 0.2), 1)
-        self.assertFalse(sender.is_alive())
+        _, backlog = self.hold_one()
+        self.drain(backlog, 1, seconds=0.2)
 
 
 class BackoffTest(unittest.TestCase):
@@ -6069,7 +5720,7 @@ def make_certificate(directory, name, issuer='', names='', days=2):
     if not issuer:
         return openssl(directory, 'req', '-x509', *key, '-days', str(days), '-out', f'{name}.pem')
     openssl(directory, 'req', '-new', *key, '-out', f'{name}.csr')
-    write_tree(directory, {f'{name}.ext': f'subjectAltName={names}\n' if names else ''})
+    write_tree(directory, {f'{name}.ext': names and f'subjectAltName={names}\n'})
     return openssl(directory, 'x509', '-req', '-in', f'{name}.csr', '-CA', f'{issuer}.pem', '-CAkey', f'{issuer}.key',
                    '-set_serial', str(hash(name) % 10**9), '-days', str(days), '-extfile', f'{name}.ext', '-out',
                    f'{name}.pem')
@@ -6080,17 +5731,18 @@ class TlsTest(RelayTest):
     def setUpClass(cls):
         cls.certificates = tempfile.mkdtemp()
         cls.addClassCleanup(shutil.rmtree, cls.certificates)
-        for name in ('ca', 'other-ca'):
-            make_certificate(cls.certificates, name)
-        for name, issuer, names, days in (
-                ('relay', 'ca', 'IP:127.0.0.1,DNS:localhost', 2), ('named', 'ca', 'DNS:relay.example', 2),
-                ('expired', 'ca', 'IP:127.0.0.1', -1), ('agent', 'ca', '', 2), ('agent-2', 'ca', '', 2),
-                ('stranger', 'other-ca', '', 2), ('expired-agent', 'ca', '', -1)):
-            make_certificate(cls.certificates, name, issuer, names, days)
+        for arguments in (
+                ('ca',), ('other-ca',), ('relay', 'ca', 'IP:127.0.0.1,DNS:localhost'),
+                ('named', 'ca', 'DNS:relay.example'), ('expired', 'ca', 'IP:127.0.0.1', -1), ('agent', 'ca'),
+                ('agent-2', 'ca'), ('stranger', 'other-ca'), ('expired-agent', 'ca', '', -1)):
+            make_certificate(cls.certificates, *arguments)
         write_tree(cls.certificates, {'garbage': 'garbage'})
 
     def path(self, name):
         return f'{self.certificates}/{name}'
+
+    def deliver(self, backlog, address, ca='ca.pem', **settings):
+        super().deliver(backlog, address, tls=True, ca=ca and self.path(ca), **settings)
 
     def read(self, name):
         return read_binary(self.path(name))
@@ -6126,68 +5778,49 @@ class TlsTest(RelayTest):
         """The one warning about a relay to which nothing gets through."""
         backlog = self.backlog(1)
         with self.assertLogs('kubensage-agent') as logged:
-            sender = self.deliver(backlog, address, tls=True, **settings)
+            self.deliver(backlog, address, **settings)
             for _ in range(3):
                 self.next_pause()
-            self.assertEqual(self.drain(backlog, sender), 1)
-        self.assertEqual(len(logged.output), 1, logged.output)
-        self.assertNotIn('PRIVATE KEY', logged.output[0])
-        return logged.output[0]
-
-    def test_both_sides_show_certificates_and_the_agent_a_token(self):
-        """Another name in the relay's certificate may be given."""
-        self.write({'token': 's3cret\n'})
-        relay, backlog = self.relay('named', mutual=True), self.backlog(1, 2)
-        sender = self.deliver(backlog, relay.address, tls=True, ca=self.path('ca.pem'), cert=self.path('agent.pem'),
-                              key=self.path('agent.key'), token_file=f'{self.directory}/token',
-                              server_name='relay.example')
-        self.assertEqual(relay.next_streams(1), [[1, 2]])
-        self.assertEqual(self.peers.get(timeout=PATIENCE_SECONDS), ('agent', 'Bearer s3cret'))
-        self.assertEqual(self.drain(backlog, sender), 0)
+            self.drain(backlog, 1)
+        line, = logged.output
+        self.assertNotIn('PRIVATE KEY', line)
+        return line
 
     def test_the_roots_of_the_system_are_trusted_without_a_ca(self):
+        self.patch(SYSTEM_ROOTS=('/no/roots.pem',))
         with mock.patch.dict(os.environ, SSL_CERT_FILE=self.path('ca.pem')):
-            relay, backlog = self.relay(), self.backlog(1)
-            self.deliver(backlog, relay.address, tls=True)
+            relay = self.relay()
+            self.deliver(self.backlog(1), relay.address, ca=None)
             self.assertEqual(relay.next_streams(1), [[1]])
-        with mock.patch.dict(os.environ, SSL_CERT_FILE=self.path('other-ca.pem')):
-            self.assertIn(f'checked against --relay-tls {self.path("other-ca.pem")}: ', self.trouble(relay.address))
-        with mock.patch.object(agent, 'SYSTEM_ROOTS',
-                               ('/no/roots.pem',)), mock.patch.dict(os.environ, SSL_CERT_FILE=''):
-            self.assertIn('--relay-tls: no system roots at /no/roots.pem', self.trouble(relay.address))
+        other = self.path('other-ca.pem')
+        for path, expected in ((other, f'checked against --relay-tls {other}: '),
+                               ('', '--relay-tls: no system roots at /no/roots.pem')):
+            with mock.patch.dict(os.environ, SSL_CERT_FILE=path):
+                self.assertIn(expected, self.trouble(relay.address, ca=None))
 
     def test_a_certificate_that_is_not_to_be_trusted_is_one_line_with_file_and_reason(self):
-        checked = f"the relay's certificate, checked against --relay-ca {self.path('ca.pem')}: "
-        for what, name, ca, expected in (
-                ('wrong CA', 'relay', 'other-ca.pem',
-                 f'--relay-ca {self.path("other-ca.pem")}: unable to get local issuer certificate'),
-                ('wrong name', 'named', 'ca.pem',
-                 checked + "IP address mismatch, certificate is not valid for '127.0.0.1'"),
-                ('expired', 'expired', 'ca.pem', checked + 'certificate has expired')):
-            with self.subTest(what):
-                self.assertIn(expected, self.trouble(self.relay(name).address, ca=self.path(ca)))
+        for name, ca, reason in (
+                ('relay', 'other-ca.pem', 'unable to get local issuer certificate'),
+                ('named', 'ca.pem', "IP address mismatch, certificate is not valid for '127.0.0.1'"),
+                ('expired', 'ca.pem', 'certificate has expired')):
+            with self.subTest(reason):
+                self.assertIn(f"the relay's certificate, checked against --relay-ca {self.path(ca)}: {reason}",
+                              self.trouble(self.relay(name).address, ca=ca))
 
     def test_a_file_that_does_not_do_is_one_line_with_file_and_reason(self):
-        relay, path = self.relay(), self.path
-        good = dict(ca=path('ca.pem'), cert=path('agent.pem'), key=path('agent.key'))
-        self.write({'token': 'two\nlines', 'empty': ''})
-        none, garbage = path('none'), path('garbage')
-        for what, files, expected in (
-                ('missing CA', {'ca': none}, f'--relay-ca {none}: No such file or directory'),
-                ('missing certificate', {'cert': none}, f'--relay-cert {none}: No such file or directory'),
-                ('missing key', {'key': none}, f'--relay-key {none}: No such file or directory'),
-                ('CA is no certificate', {'ca': garbage}, f'--relay-ca {garbage}: has no certificate in PEM format'),
-                ('certificate is none', {'cert': garbage},
-                 f'--relay-cert {garbage}, --relay-key {path("agent.key")}: not a'),
-                ('key of another', {'key': path('agent-2.key')},
-                 f'--relay-key {path("agent-2.key")}: the key is not that'),
-                ('missing token', {'token_file': none}, f'--relay-token-file {none}: No such file or directory'),
-                ('no token', {'token_file': f'{self.directory}/empty'}, '/empty: has no token'),
-                ('two tokens', {'token_file': f'{self.directory}/token'}, '/token: has no token')):
-            with self.subTest(what):
-                line = self.trouble(relay.address, **{**good, **files})
-                self.assertIn(f'relay {relay.address}: not connected: --relay-', line)
-                self.assertIn(expected, line)
+        relay, key = self.relay(), self.path('agent.key')
+        write_tree(self.certificates, {'token': 'two\nlines', 'empty': ''})
+        for flag, name, reason in (
+                ('ca', 'none', 'No such file or directory'), ('cert', 'none', 'No such file or directory'),
+                ('key', 'none', 'No such file or directory'), ('token_file', 'none', 'No such file or directory'),
+                ('ca', 'garbage', 'has no certificate in PEM format'), ('cert', 'garbage', 'not a'),
+                ('key', 'agent-2.key', 'the key is not that'),
+                ('token_file', 'empty', 'has no token'), ('token_file', 'token', 'has no token')):
+            path = name if flag == 'ca' else self.path(name)
+            with self.subTest(flag, name=name):
+                line = self.trouble(relay.address, **{**self.shown('agent'), flag: path})
+                self.assertRegex(line, f'relay {relay.address}: not connected: --relay-(cert .*, --relay-)?'
+                                 f'{flag.replace("_", "-")} {self.path(name)}(, --relay-key {key})?: {reason}')
 
     def test_a_relay_that_hangs_up_on_our_certificate_is_one_line(self):
         """As gRPC's C core does."""
@@ -6195,8 +5828,8 @@ class TlsTest(RelayTest):
         for name in ('', 'stranger', 'expired-agent'):
             with self.subTest(name):
                 about = f' (--relay-cert {self.path(name)}.pem)' if name else ' (no --relay-cert was given)'
-                self.assertIn(f'the relay hangs up after the TLS handshake{about}', self.trouble(
-                    relay.address, ca=self.path('ca.pem'), **self.shown(name)))
+                self.assertIn(f'the relay hangs up after the TLS handshake{about}',
+                              self.trouble(relay.address, **self.shown(name)))
 
     def test_what_the_relay_says_of_our_certificate_is_the_reason(self):
         """As Go does, and OpenSSL."""
@@ -6222,38 +5855,39 @@ class TlsTest(RelayTest):
                 thread.join(PATIENCE_SECONDS)
 
     def test_a_relay_that_speaks_no_tls_is_one_line(self):
-        self.assertIn('it does not seem to speak TLS', self.trouble(FakeRelay(self).address, ca=self.path('ca.pem')))
+        self.assertIn('it does not seem to speak TLS', self.trouble(FakeRelay(self).address))
 
-    def test_certificate_and_token_are_rotated_without_a_restart(self):
+    def test_both_sides_show_certificates_and_the_agent_a_token_which_are_rotated_without_a_restart(self):
+        """Another name in the relay's certificate may be given."""
         self.write({'token': 'one\n'})
         files = dict(cert=self.copy('stranger.pem', 'cert'), key=self.copy('stranger.key', 'key'))
-        relay, backlog = self.relay(mutual=True), self.backlog(1)
-        sender = self.deliver(backlog, relay.address, tls=True, ca=self.path('ca.pem'),
-                              token_file=f'{self.directory}/token', **files)
+        relay, backlog = self.relay('named', mutual=True), self.backlog(1)
+        self.deliver(backlog, relay.address, token_file=f'{self.directory}/token', server_name='relay.example', **files)
         self.next_pause()
-        for number, (name, token) in enumerate((('agent', 'one'), ('agent-2', 'one'), ('agent-2', 'two'))):
+        for number, name, token in (1, 'agent', 'one'), (2, 'agent-2', 'one'), (3, 'agent-2', 'two'):
             self.copy(f'{name}.key', 'key')
             self.copy(f'{name}.pem', 'cert')
             self.write({'token': f'{token}\n'})
-            if number:
-                self.add(backlog, number + 1)
+            if number > 1:
+                self.add(backlog, number)
             self.assertEqual(self.peers.get(timeout=PATIENCE_SECONDS), (name, f'Bearer {token}'))
-            self.assertEqual(relay.next_streams(1), [[number + 1]])
+            self.assertEqual(relay.next_streams(1), [[number]])
         connections = backlog.connections
         self.add(backlog, 4)
         relay.next_streams(1)
-        self.assertEqual((self.drain(backlog, sender), backlog.connections), (0, connections))
+        self.drain(backlog)
+        self.assertEqual(backlog.connections, connections)
 
     def test_another_trouble_during_an_outage_is_told_as_well(self):
         backlog = self.backlog(1)
         self.hold_pauses()
         with self.assertLogs('kubensage-agent') as logged:
-            sender = self.deliver(backlog, self.relay().address, tls=True, ca=f'{self.directory}/ca')
+            super().deliver(backlog, self.relay().address, tls=True, ca=f'{self.directory}/ca')
             for name in ('other-ca.pem', 'ca.pem'):
                 self.next_pause()
                 self.copy(name, 'ca')
                 self.resumed.put(0)
-            self.assertEqual(self.drain(backlog, sender), 0)
+            self.drain(backlog)
         self.assertEqual([record.levelname for record in logged.records], ['WARNING', 'WARNING', 'INFO'])
         self.assertIn('No such file', logged.output[0])
         self.assertIn('unable to get local issuer', logged.output[1])
@@ -6289,27 +5923,24 @@ class TlsTest(RelayTest):
             for path in (key, token)])
 
     def test_plain_text_is_a_warning_unless_it_stays_on_the_machine(self):
-        for address, warned in (('127.0.0.1:1', False), ('localhost:1', False), ('[::1]:1', False),
-                                ('10.0.0.1:1', True), ('relay:1', True), ('localhost.example:1', True),
-                                ('127.0.0.1.example:1', True)):
+        loopback = '127.0.0.1:1', 'localhost:1', '[::1]:1'
+        for address in (*loopback, '10.0.0.1:1', 'relay:1', 'localhost.example:1', '127.0.0.1.example:1'):
             with self.subTest(address):
                 lines = self.exposure(agent.Relay(address))
-                self.assertEqual(len(lines), warned, lines)
+                self.assertEqual(len(lines), address not in loopback, lines)
                 self.assertEqual(self.exposure(agent.Relay(address, tls=True)), [])
 
     def test_nothing_secret_is_logged_or_in_a_snapshot(self):
         self.write({'token': 's3cret-token\n'})
         relay = self.relay(mutual=True)
-        relay.script.append(refuse)
+        relay.script.append(fail_at_the_end)
         run = self.main(
             *self.node, '--relay-address', relay.address, '--relay-ca', self.path('ca.pem'), '--relay-cert',
             self.path('agent.pem'), '--relay-key', self.copy('agent.key', 'key'), '--relay-token-file',
             f'{self.directory}/token', '--once', '--log-level', 'debug')
-        snapshot = relay.next_arrived(1)[0] if not relay.arrived.empty() else wire.Metrics()
-        key = self.read('agent.key').split(b'\n')[1].decode()
-        everything = read_text(f'{self.directory}/log') + run.out + run.err + str(snapshot)
-        self.assertIn('PERMISSION_DENIED', everything)
-        for secret in ('s3cret-token', key):
+        everything = f'{read_text(f"{self.directory}/log")} {run} {relay.next_arrived(1)}'
+        self.assertIn('INTERNAL: too bad', everything)
+        for secret in 's3cret-token', read_text(self.path('agent.key')).splitlines()[1]:
             self.assertNotIn(secret, everything)
 
 
@@ -6336,13 +5967,18 @@ class MainLoopTest(Case):
             ((100, 5, 100), 105), ((100, 5, 104.9), 105), ((100, 5, 105), 110), ((100, 5, 117), 120),
             ((0.5, 0.25, 0.6), 0.75)])
 
-    def test_snapshots_follow_their_interval(self):
+    def test_without_a_relay_snapshots_are_lines_of_json_at_their_interval(self):
         """None comes before its tick; how late one may be depends on the machine."""
         process = self.start('--main-loop-duration', '0.2')
         for number in range(5):
-            told = process.next_snapshot().agent_metrics
-            self.assertEqual(number, told.cycles_total)
+            snapshot = process.next_snapshot()
+            told = snapshot.agent_metrics
+            self.assertEqual((snapshot.node_metrics.hostname, snapshot.pod_metrics[0].id, told.cycles_total),
+                             ('node', 'pod', number))
             self.assertGreaterEqual(told.uptime_seconds, (number + told.skipped_ticks_total) * 0.2)
+        process.terminate()
+        ended = process.result()
+        self.assertEqual((0, False), (ended.code, 'Traceback' in ended.err))
 
     def test_a_bug_costs_one_snapshot_and_the_state_starts_afresh(self):
         """Half of the second cycle is done when it comes to the bug."""
@@ -6372,15 +6008,6 @@ class MainLoopTest(Case):
             with self.subTest(output=output, live=view), contextlib.redirect_stdout(io.StringIO()):
                 sinks = agent.Sinks(output, live=view)
                 self.assertIs(agent.run_cycle(LIVE, None, None, None, sinks, None)[0], kept)
-
-    def test_without_a_relay_snapshots_are_lines_of_json(self):
-        process = self.start_loop()
-        for _ in range(3):
-            snapshot = process.next_snapshot()
-            self.assertEqual(('node', 'pod'), (snapshot.node_metrics.hostname, snapshot.pod_metrics[0].id))
-        process.terminate()
-        ended = process.result()
-        self.assertEqual((0, False), (ended.code, 'Traceback' in ended.err))
 
     def test_a_reader_that_leaves_ends_it_quietly(self):
         process = self.start_loop()
@@ -6441,20 +6068,19 @@ class MainLoopTest(Case):
     def test_once_tells_by_its_exit_code_whether_the_relay_has_acknowledged(self):
         """Silent when it has, also on its way in plain text (0.0.0.0 is no loopback address, and leads here all the
         same); one line when it has not, be it refused, down, or the snapshot too large for any relay."""
-        relays = [FakeRelay(self), FakeRelay(self, usual=refuse), FakeRelay(self, usual=end_without_answer),
-                  FakeRelay(self)]
+        relay, refusing, silent = (FakeRelay(self, usual=usual) for usual in (acknowledge, refuse, end_without_answer))
         huge = f'{self.directory}/run/huge.sock'
         FakeRuntime(self, huge, ListPodSandbox=list_pods(sandbox('x' * (5 << 20))))
-        for address, path, code, expected in (
-                (f'0.0.0.0:{relays[0].port}', self.socket, 0, None),
-                (relays[1].address, self.socket, 1, 'PERMISSION_DENIED: not you'),
-                (relays[2].address, self.socket, 1, 'without'), (closed_address(self), self.socket, 1, 'UNAVAILABLE'),
-                (relays[3].address, huge, 1, 'exceed')):
-            with self.subTest(expected=expected):
-                run = self.once(address, '--cri-socket', path)
-                self.assertEqual((run.out, run.code, len(run.troubles)), ('', code, 1 if expected else 0), run.err)
-                self.assertIn(expected or '', run.err)
-        self.assertEqual(len(relays[0].next_arrived(1)[0].pod_metrics), 1)
+        for expected, address, *arguments in (
+                ('', f'0.0.0.0:{relay.port}'), ('PERMISSION_DENIED: not you', refusing.address),
+                ('without', silent.address), ('UNAVAILABLE', closed_address(self)),
+                ('exceed', relay.address, '--cri-socket', huge)):
+            with self.subTest(expected):
+                run = self.once(address, *arguments)
+                failed = bool(expected)
+                self.assertEqual((run.out, run.code, len(run.troubles)), ('', failed, failed), run.err)
+                self.assertIn(expected, run.err)
+        self.assertEqual(len(relay.next_arrived(1)[0].pod_metrics), 1)
 
     def test_once_tells_of_its_own_snapshot_whatever_older_ones_have_come_to(self):
         header = agent.Record(b'KSR1', 9, 9, 0, time.time(), b'')
@@ -6489,13 +6115,12 @@ class MainLoopTest(Case):
 class PaceTest(unittest.TestCase):
     """The loop with a clock of its own: a cycle takes as long as the test says, and waiting takes no time."""
 
-    def run_loop(self, durations):
-        """When each cycle began, in intervals, and the log."""
-        self.now, begun, left = 100.0, [], collections.deque(durations)
+    def test_cycles_that_take_long_skip_ticks_and_it_is_said_when_that_begins_and_ends(self):
+        self.now, begun, left = 100.0, [], collections.deque([1, 4.9, 6, 12, 17, 1, 1, 1])
 
         def run_cycle(roots, options, state, stats, sinks, previous):
             self.stats = stats
-            begun.append((self.now - 100) / 5)
+            begun.append(round((self.now - 100) / 5))
             self.now += left.popleft()
             return None, {}
 
@@ -6507,16 +6132,12 @@ class PaceTest(unittest.TestCase):
         clock = types.SimpleNamespace(**{**vars(time), 'monotonic': lambda: self.now})
         with self.assertLogs('kubensage-agent', 'DEBUG') as logged, mock.patch.multiple(
                 agent, run_cycle=run_cycle, stopped_within=stopped_within, time=clock, install_signals=lambda live: 0):
-            logging.getLogger('kubensage-agent').debug('at least one line')
             self.assertEqual(agent.run_loop(LIVE, options), 0)
-        return begun, logged.output[1:]
-
-    def test_cycles_that_take_long_skip_ticks_and_it_is_said_when_that_begins_and_ends(self):
-        begun, log = self.run_loop([1, 4.9, 6, 12, 17, 1, 1, 1])
-        self.assertEqual([round(tick) for tick in begun], [0, 1, 2, 4, 7, 11, 12, 13])
+        self.assertEqual(begun, [0, 1, 2, 4, 7, 11, 12, 13])
         self.assertEqual(self.stats.skipped_ticks, 1 + 2 + 3)
-        self.assertEqual(log, ['WARNING:kubensage-agent:pace: a cycle takes longer than 5 s: ticks are skipped',
-                               'INFO:kubensage-agent:pace: recovered'])
+        self.assertEqual(logged.output, [
+            'WARNING:kubensage-agent:pace: a cycle takes longer than 5 s: ticks are skipped',
+            'INFO:kubensage-agent:pace: recovered'])
 
 
 class WatchdogTest(Case):
@@ -6528,15 +6149,17 @@ class WatchdogTest(Case):
         return notify
 
     def test_systemd_hears_of_each_cycle_and_of_the_end(self):
+        """On an abstract socket, whose name begins with an @."""
         FakeRuntime(self)
-        path = f'{self.directory}/notify'
-        notify, relay = self.notify_socket(path), FakeRelay(self)
+        self.write({'proc/meminfo': 'MemTotal'})
+        name = f'kubensage-{uuid.uuid4()}'
+        notify, relay = self.notify_socket(f'\0{name}'), FakeRelay(self)
         process = self.start('--main-loop-duration', '0.1', '--relay-address', relay.address,
-                             environment={'NOTIFY_SOCKET': path})
+                             environment={'NOTIFY_SOCKET': f'@{name}'})
         heard = [notify.recv(4096).decode() for _ in range(4)]
         for message in heard:
-            self.assertRegex(message, '^READY=1\nWATCHDOG=1\n'
-                             r'STATUS=1 pod, 1 container, (1 snapshot|\d+ snapshots) waiting for the relay$')
+            self.assertRegex(message, '^READY=1\nWATCHDOG=1\nSTATUS=1 pod, 1 container, '
+                             r'(1 snapshot|\d+ snapshots) waiting for the relay; in trouble: memory$')
         process.terminate()
         while 'WATCHDOG' in heard[-1]:
             heard.append(notify.recv(4096).decode())
@@ -6554,13 +6177,6 @@ class WatchdogTest(Case):
                     agent.run_cycle(LIVE, None, None, None, agent.Sinks(), None)
                 self.assertRaises(BlockingIOError, notify.recv, 4096)
 
-    def test_an_abstract_socket_is_one_that_begins_with_an_at(self):
-        name = f'kubensage-{uuid.uuid4()}'
-        notify = self.notify_socket(f'\0{name}')
-        with mock.patch.dict(os.environ, NOTIFY_SOCKET=f'@{name}'):
-            agent.notify_systemd('WATCHDOG=1')
-        self.assertEqual(notify.recv(100), b'WATCHDOG=1')
-
     def test_without_systemd_or_with_a_full_socket_nothing_happens(self):
         path = f'{self.directory}/notify'
         self.notify_socket(path)
@@ -6570,8 +6186,12 @@ class WatchdogTest(Case):
                     agent.notify_systemd('WATCHDOG=1')
 
     def test_the_status_is_one_line_whatever_the_troubles_are_called(self):
-        line = agent.status_line(wire.Metrics(), None, {'mount /a\nREADY=1': 'x', 'cpu': 'y'})
+        line = agent.status_line(wire.Metrics(), None, ('mount /a\nREADY=1', 'cpu'))
         self.assertEqual(line, '0 pods, 0 containers; in trouble: cpu, mount /a?READY=1')
+        backlog = agent.Backlog(60)
+        for waiting in '1 snapshot', '2 snapshots':
+            agent.add_snapshot(backlog, b'')
+            self.assertIn(f' {waiting} waiting', agent.status_line(wire.Metrics(), backlog, ()))
 
 
 # --- nothing too much
@@ -6608,23 +6228,22 @@ class LeakTest(Case):
 
     def used(self):
         threads = [thread for thread in threading.enumerate() if not thread.name.startswith('ThreadPoolExecutor')]
-        return len(threads), len(os.listdir('/proc/self/fd'))
+        return len(threads), count_open_files()
 
-    def check(self, relay, backlog, cycles=60, warm=15):
+    def check(self, relay, backlog):
         FakeRuntime(self)
         options = agent.parse_options(['--cri-socket', self.socket], {})
         state, stats, sinks, used = agent.State(), agent.AgentStats(), agent.Sinks(backlog=backlog), []
         with mock.patch.object(agent, 'backoff_seconds', lambda failures: 0.001):
             sender = agent.start_delivery(backlog, relay)
-            for number in range(cycles):
+            for number in range(60):
                 agent.run_cycle(LIVE, options, state, stats, sinks, None)
                 # The asking thread of statvfs and a stream may be under way: what counts is what stays.
-                used += [self.used()] * (number >= warm)
+                used += [self.used()] * (number >= 15)
             agent.close_backlog(backlog, sender, PATIENCE_SECONDS)
         agent.forget_runtime(state.runtime)
-        quarter = len(used) // 4
-        for which in (0, 1):
-            self.assertLessEqual(min(row[which] for row in used[-quarter:]), max(row[which] for row in used[:quarter]))
+        for numbers in zip(*used):
+            self.assertLessEqual(min(numbers[-11:]), max(numbers[:11]))
 
     def test_cycles_with_a_relay(self):
         backlog = agent.Backlog(600)
@@ -6643,22 +6262,20 @@ class LeakTest(Case):
         a byte a container and cycle comes to, and the memory of a pod that is renewed moves by some kB."""
         class Mallinfo(ctypes.Structure):
             _fields_ = [(name, ctypes.c_size_t) for name in (
-                'arena', 'ordblks', 'smblks', 'hblks', 'hblkhd', 'usmblks', 'fsmblks', 'uordblks', 'fordblks',
-                'keepcost')]
+                'arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost').split()]
 
         mallinfo = getattr(agent.libc(), 'mallinfo2', None)
         if mallinfo is None:
             self.skipTest('needs mallinfo2 of glibc 2.33')
         mallinfo.restype = Mallinfo
         names, pods, search, used = [f'{number:064x}' for number in range(12)], {}, agent.GroupSearch(), []
-        roots = self.write({**V2, 'proc/7/net/dev': '', **below('sys/fs/cgroup/kubepods', {
-            f'pod{UID}/{name}/cgroup.procs': '7\n' for name in names[:10]})})
+        roots = self.write(V2)
         for number in range(1500):
             odd, there = number % 2, names[number % 20 // 10:]
-            self.write({'proc/7/net/dev': ''.join(f'eth{link}: {f"{number} " * 16}\n' for link in range(1 + odd))})
+            self.write({'proc/7/net/dev': net_dev(*[number] * (1 + odd))})
             for name in names[:10]:
                 self.write(below(f'sys/fs/cgroup/kubepods/pod{UID}/{name}', {
-                    'cpu.stat': f'usage_usec {number}\n', 'io.stat': odd * IO_STAT, 'memory.current': '5\n'}))
+                    **group(number, 5), 'io.stat': odd * IO_STAT, 'cgroup.procs': '7\n'}))
             agent.update_pods(pods, [sandbox(POD, uid=UID)], [container(name, POD) for name in there])
             agent.collect_groups(pods, roots, search, agent.Cycle(5, {}, number))
             for found in pods[POD].containers.values():
@@ -6672,16 +6289,6 @@ class LeakTest(Case):
 
 
 # --- faults, all of them at once
-
-FAULT_SEED = 1
-
-
-def hold(file, messages):
-    """Write down a whole stream at once: a relay that is killed holds all of it or nothing."""
-    lines = [f'{metrics.agent_metrics.run_id} {metrics.agent_metrics.sequence} {metrics.agent_metrics.timestamp_ns} '
-             f'{len(metrics.pod_metrics)}\n' for metrics in messages]
-    os.write(file, ''.join(lines).encode())
-
 
 def play_relay(port, path, seed):
     """A relay, as a process to be killed. It holds what it has written to the file before it answered; with a seed,
@@ -6699,7 +6306,9 @@ def play_relay(port, path, seed):
         arrived = list(messages)
         if trouble == 'slow':
             threading.Event().wait(chance.uniform(0, 1))
-        hold(file, arrived)
+        # A whole stream at once: a relay that is killed holds all of it or nothing.
+        os.write(file, ''.join(f'{metrics.node_metrics.hostname} {metrics.agent_metrics.sequence} '
+                               f'{len(metrics.pod_metrics)}\n' for metrics in arrived).encode())
         if trouble == 'answer lost':
             context.abort(grpc.StatusCode.UNAVAILABLE, 'the answer is lost')
         yield from () if trouble == 'no answer' else [b'']
@@ -6726,11 +6335,11 @@ def play_runtime(path, seed):
 
 class FaultTest(Case):
     """What was taken, the agent tells on the watchdog's socket, a datagram a cycle; what arrived, the relay's file
-    tells."""
+    tells, where the host's name is the number of the agent."""
 
     def setUp(self):
         super().setUp()
-        self.chance, self.held = random.Random(FAULT_SEED), f'{self.directory}/held'
+        self.chance, self.held = random.Random(1), f'{self.directory}/held'
         self.taken, self.with_pods = collections.Counter(), collections.Counter()
         self.notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.addCleanup(self.notify.close)
@@ -6740,29 +6349,26 @@ class FaultTest(Case):
         self.port = int(closed_address(self).rpartition(':')[2])
         self.log = open(f'{self.directory}/stderr', 'w+', encoding='utf-8')
         self.addCleanup(self.log.close)
-        # When each agent was started, by the clock of its snapshots, and its process id.
-        self.starts = []
-        self.pods_held = 0
+        # Of each agent.
+        self.process_ids = []
 
-    def play(self, code):
-        return self.spawn([sys.executable, '-c', f'import test_agent; test_agent.{code}'], cwd=HERE, stdout=None,
-                          stderr=None)
+    def play(self, call, reliable):
+        seed = None if reliable else self.chance.randrange(1, 10**6)
+        return self.spawn([sys.executable, '-c', f'import test_agent; seed = {seed}; test_agent.{call}'], cwd=HERE,
+                          stdout=None, stderr=None)
 
     def start_relay(self, reliable=False):
-        return self.play(f'play_relay({self.port}, {self.held!r}, {self.seed(reliable)})')
+        return self.play(f'play_relay({self.port}, {self.held!r}, seed)', reliable)
 
     def start_runtime(self, reliable=False):
-        return self.play(f'play_runtime({self.socket!r}, {self.seed(reliable)})')
-
-    def seed(self, reliable):
-        return None if reliable else self.chance.randrange(1, 10**6)
+        return self.play(f'play_runtime({self.socket!r}, seed)', reliable)
 
     def start_spooling_agent(self):
-        started = time.time_ns()
+        self.write({'proc/sys/kernel/hostname': f'{len(self.process_ids)}\n'})
         process = self.start('--relay-address', f'127.0.0.1:{self.port}', '--main-loop-duration', '0.2', '--spool-dir',
                              f'{self.directory}/spool', stdout=subprocess.DEVNULL, stderr=self.log,
                              environment={'NOTIFY_SOCKET': f'{self.directory}/notify'})
-        self.starts.append((started, process.pid))
+        self.process_ids.append(process.pid)
         return process
 
     def watch(self, seconds, enough=lambda: False):
@@ -6776,11 +6382,6 @@ class FaultTest(Case):
                 self.taken[pid] += b'WATCHDOG=1' in text
                 self.with_pods[pid] += b'STATUS=1 pod' in text
 
-    def pause(self, process):
-        process.send_signal(signal.SIGSTOP)
-        self.watch(self.chance.uniform(0.1, 1))
-        process.send_signal(signal.SIGCONT)
-
     def make_trouble(self, seconds):
         """All kinds of it in turns, in another order each turn; the processes that run at the end."""
         start = {'relay': self.start_relay, 'runtime': self.start_runtime, 'agent': self.start_spooling_agent}
@@ -6792,7 +6393,9 @@ class FaultTest(Case):
             name, what = turn.pop().split()
             self.watch(self.chance.uniform(0.1, 0.8))
             if what == 'stops':
-                self.pause(running[name])
+                running[name].send_signal(signal.SIGSTOP)
+                self.watch(self.chance.uniform(0.1, 1))
+                running[name].send_signal(signal.SIGCONT)
                 continue
             running[name].end()
             self.watch(self.chance.uniform(0, 0.5))
@@ -6814,33 +6417,20 @@ class FaultTest(Case):
         self.assertEqual(running['agent'].wait(PATIENCE_SECONDS), 0)
         self.watch(0.1)
 
-    def read_held(self):
-        """By run id: the time of its first snapshot, and how often the relay holds each sequence number."""
-        runs = {}
-        for line in read_text(self.held).splitlines():
-            run_id, sequence, timestamp_ns, pods = line.split()
-            first, sequences = runs.get(run_id, (int(timestamp_ns), collections.Counter()))
-            sequences[int(sequence)] += 1
-            runs[run_id] = min(first, int(timestamp_ns)), sequences
-            self.pods_held += int(pods)
-        return runs
-
     def test_every_snapshot_taken_arrives_whatever_happens(self):
         seconds = 120 if LONG else 4
         self.calm_down(self.make_trouble(seconds))
-        runs, missing, duplicates = self.read_held(), [], 0
-        for (started, pid), (next_start, _) in zip(self.starts, [*self.starts[1:], (time.time_ns(), 0)]):
-            of_this_start = [sequences for first, sequences in runs.values() if started <= first < next_start]
-            self.assertLessEqual(len(of_this_start), 1)
-            sequences = of_this_start[0] if of_this_start else collections.Counter()
-            missing += [(pid, sequence) for sequence in range(1, self.taken[pid] + 1) if not sequences[sequence]]
-            duplicates += sum(sequences.values()) - len(sequences)
-        sys.stderr.write(f'[{seconds} s of faults: {sum(self.taken.values())} snapshots by {len(self.starts)} agents, '
-                         f'{len(missing)} missing, {duplicates} came twice: the relay had them and did not say so] ')
+        lines = [tuple(map(int, line.split())) for line in read_text(self.held).splitlines()]
+        held = {(number, sequence) for number, sequence, _ in lines}
+        missing = [(number, sequence) for number, process_id in enumerate(self.process_ids)
+                   for sequence in range(1, self.taken[process_id] + 1) if (number, sequence) not in held]
+        taken, agents, with_pods = sum(self.taken.values()), len(self.process_ids), sum(self.with_pods.values())
+        sys.stderr.write(f'[{seconds} s of faults: {taken} snapshots by {agents} agents, {len(missing)} missing, '
+                         f'{len(lines) - len(held)} came twice: the relay had them and did not say so] ')
         self.assertEqual(missing, [])
-        self.assertGreaterEqual(self.pods_held, sum(self.with_pods.values()))
-        self.assertGreater(sum(self.with_pods.values()), 0)
-        self.assertGreater(sum(self.taken.values()), len(self.starts))
+        self.assertGreaterEqual(sum(pods for _, _, pods in lines), with_pods)
+        self.assertGreater(with_pods, 0)
+        self.assertGreater(taken, agents)
         self.assertEqual(os.listdir(f'{self.directory}/spool'), [])
         self.log.seek(0)
         self.assertNotIn('Traceback', self.log.read())
@@ -7007,22 +6597,22 @@ def wait_for(what, condition, seconds=PATIENCE_SECONDS):
     raise TimeoutError(f'{what}: not within {seconds} s')
 
 
-def build_tar(files):
+def build_tar(**files):
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode='w') as archive:
-        for name, data, mode in files:
-            archive.addfile(tar_member(name, size=len(data), mode=mode), io.BytesIO(data))
+        for name, data in files.items():
+            archive.addfile(tar_member(name, size=len(data), mode=0o755), io.BytesIO(data))
     return buffer.getvalue()
 
 
 def build_image(program):
     """The archive `docker save` would write for an image of one file."""
     architecture = {'x86_64': 'amd64', 'aarch64': 'arm64'}.get(os.uname().machine, os.uname().machine)
-    layer = build_tar([('load', program, 0o755)])
+    layer = build_tar(load=program)
     config = json.dumps({'architecture': architecture, 'os': 'linux', 'config': {'Entrypoint': ['/load']}, 'rootfs': {
         'type': 'layers', 'diff_ids': [f'sha256:{hashlib.sha256(layer).hexdigest()}']}}).encode()
     manifest = json.dumps([{'Config': 'config.json', 'RepoTags': [IMAGE], 'Layers': ['layer.tar']}]).encode()
-    return build_tar([('manifest.json', manifest, 0o644), ('config.json', config, 0o644), ('layer.tar', layer, 0o644)])
+    return build_tar(**{'manifest.json': manifest, 'config.json': config, 'layer.tar': layer})
 
 
 def import_image(runtime):
@@ -7046,10 +6636,10 @@ def call_runtime(runtime, method, **fields):
 
 def make_container(runtime, sandbox_id, sandbox, load):
     config = cri.ContainerConfig(
-        metadata=cri.ContainerMetadata(name=load.name, attempt=load.attempt), image=cri.ImageSpec(image=IMAGE),
+        metadata=dict(name=load.name, attempt=load.attempt), image=dict(image=IMAGE),
         args=load.arguments, labels={**sandbox.labels, 'io.kubernetes.container.name': load.name},
         annotations={'io.kubernetes.container.restartCount': str(load.attempt)},
-        linux=cri.LinuxContainerConfig(resources=cri.LinuxContainerResources(**load.resources)))
+        linux=dict(resources=load.resources))
     container_id = call_runtime(runtime, 'CreateContainer', pod_sandbox_id=sandbox_id, config=config,
                                 sandbox_config=sandbox).container_id
     if load.started:
@@ -7062,13 +6652,12 @@ def make_pod(runtime, namespace, name, loads, attempt=0, network=cri.NODE):
     uid = str(uuid.uuid5(uuid.NAMESPACE_DNS, f'{name}.{namespace}'))
     metadata = cri.PodSandboxMetadata(name=name, uid=uid, namespace=namespace, attempt=attempt)
     cgroup = f'{runtime.cgroup}/kubepods/burstable/pod{uid}'
-    options = cri.NamespaceOption(network=network, pid=cri.CONTAINER, ipc=cri.POD)
+    options = dict(network=network, pid=cri.CONTAINER, ipc=cri.POD)
     config = cri.PodSandboxConfig(
         metadata=metadata, labels={'io.kubernetes.pod.name': name, 'io.kubernetes.pod.namespace': namespace,
                                    'io.kubernetes.pod.uid': uid},
         annotations={'kubernetes.io/config.source': 'api'},
-        linux=cri.LinuxPodSandboxConfig(cgroup_parent=f'/{cgroup}', security_context=cri.LinuxSandboxSecurityContext(
-            namespace_options=options)))
+        linux=dict(cgroup_parent=f'/{cgroup}', security_context=dict(namespace_options=options)))
     sandbox_id = call_runtime(runtime, 'RunPodSandbox', config=config).pod_sandbox_id
     return Pod(sandbox_id, metadata, {load.name: make_container(runtime, sandbox_id, config, load) for load in loads},
                cgroup)
@@ -7103,11 +6692,6 @@ def bridge_of(mark):
     return mark.replace('kubensage-', 'ks')[:15]
 
 
-def remove_bridge(mark):
-    if os.path.exists(f'/sys/class/net/{bridge_of(mark)}'):
-        subprocess.run(['ip', 'link', 'del', bridge_of(mark)], check=True)
-
-
 def leftovers(mark):
     """Processes and mounts that mention the mark, which is in a runtime's directory and in its cgroup; its cgroups and
     its bridge; and what the CNI library may have noted."""
@@ -7130,10 +6714,12 @@ def real_runtime(layers_seconds=1):
         write_tree(directory, {'config.toml': CONTAINERD_CONFIG.format(
             directory=directory, image=IMAGE, plugins=CNI_PLUGINS, layers_seconds=layers_seconds)})
         if CNI_PLUGINS:
-            write_tree(directory, {'cni/1.conflist': CNI_CONFIG.format(directory=directory, bridge=bridge_of(cgroup))})
+            bridge = bridge_of(cgroup)
+            write_tree(directory, {'cni/1.conflist': CNI_CONFIG.format(directory=directory, bridge=bridge)})
+            # There is none before the first pod.
+            stack.callback(subprocess.run, ['ip', 'link', 'del', bridge], stderr=subprocess.DEVNULL)
         log = stack.enter_context(open(f'{directory}/containerd.log', 'w+'))
         stack.callback(remove_cgroups, cgroup)
-        stack.callback(remove_bridge, cgroup)
         process = subprocess.Popen([*CONTAINERD, directory], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         stack.callback(end_containerd, process)
         socket = f'{directory}/containerd.sock'
@@ -7152,14 +6738,9 @@ def real_runtime(layers_seconds=1):
 
 # --- the agent on the real runtime
 
-class Cgroup(NamedTuple):
-    """What the kernel says of one container."""
-    usage_ns: int
-    memory_bytes: int
-    working_set_bytes: int
-    rss_bytes: int
-    page_faults: int
-    major_page_faults: int
+# What the kernel says of one container.
+Cgroup = collections.namedtuple(
+    'Cgroup', 'usage_ns memory_bytes working_set_bytes rss_bytes page_faults major_page_faults')
 
 
 def read_cgroup_file(cgroup, v1, v2):
@@ -7180,6 +6761,10 @@ def containers_by_id(metrics):
     return {container.id: container for pod in metrics.pod_metrics for container in pod.container_metrics}
 
 
+def identity(pod):
+    return pod.namespace, pod.name, pod.uid, pod.attempt
+
+
 def set_cgroup_fields(container):
     cpu, memory = container.cpu_metrics, container.memory_metrics
     return Cgroup(cpu.usage_core_nano_seconds.value, memory.usage_bytes.value, memory.working_set_bytes.value,
@@ -7188,6 +6773,7 @@ def set_cgroup_fields(container):
 
 class RealRuntimeTest(Case):
     """One containerd for all; its bridge and its groups are gone when it is."""
+    not_running = {'failed', 'waiting', 'hog'}
 
     @classmethod
     def setUpClass(cls):
@@ -7270,19 +6856,6 @@ class RealRuntimeTest(Case):
             self.known['record'] = (*parts, ended.err)
         return self.known['record']
 
-    def compare_with_cgroups(self, source, *names):
-        """Containers at rest: every number is the kernel's. What moved between two readings is read again."""
-        for _ in range(5):
-            before = {name: read_cgroup(self.cgroups[name]) for name in names}
-            containers = containers_by_id(self.once('--container-stats', source))
-            if before == {name: read_cgroup(self.cgroups[name]) for name in names}:
-                break
-        self.assertEqual({source}, {containers[self.ids[name]].stats_source for name in names})
-        if source == 'cgroup':
-            # v2's own unit, in which v1's is sent too.
-            before = {name: cgroup._replace(usage_ns=cgroup.usage_ns // 1000 * 1000) for name, cgroup in before.items()}
-        self.assertEqual({name: set_cgroup_fields(containers[self.ids[name]]) for name in names}, before)
-
     def test_pods_and_containers(self):
         """All READY pods with what they were made with, in the agent's order; the stopped sandbox is not one of
         them."""
@@ -7290,50 +6863,47 @@ class RealRuntimeTest(Case):
         pods = self.snapshot().pod_metrics
         expected = sorted(self.pods, key=lambda pod: (pod.metadata.namespace, pod.metadata.name))
         self.assertEqual(
-            [(pod.id, pod.namespace, pod.name, pod.uid, pod.attempt, pod.state) for pod in pods],
-            [(pod.id, pod.metadata.namespace, pod.metadata.name, pod.metadata.uid, pod.metadata.attempt,
-              'SANDBOX_READY')
-             for pod in expected])
-        self.assertEqual(
-            [[(container.id, container.name) for container in pod.container_metrics] for pod in pods],
-            [[(container, name) for name, container in pod.containers.items()] for pod in expected])
-        states = {container.name: (container.state, container.attempt, container.image)
-                  for pod in pods if pod.namespace != 'limits' for container in pod.container_metrics}
-        self.assertEqual(states, {
-            'half': ('CONTAINER_RUNNING', 0, IMAGE), 'memory': ('CONTAINER_RUNNING', 0, IMAGE),
-            'failed': ('CONTAINER_EXITED', 2, IMAGE), 'side': ('CONTAINER_RUNNING', 0, IMAGE),
-            'waiting': ('CONTAINER_CREATED', 0, IMAGE), 'writer': ('CONTAINER_RUNNING', 0, IMAGE)})
+            [(pod.id, *identity(pod), pod.state,
+              [(container.name, container.id) for container in pod.container_metrics]) for pod in pods],
+            [(pod.id, *identity(pod.metadata), 'SANDBOX_READY', list(pod.containers.items())) for pod in expected])
+        states = dict.fromkeys(self.ids, ('CONTAINER_RUNNING', 0, IMAGE))
+        states.update(failed=('CONTAINER_EXITED', 2, IMAGE), hog=('CONTAINER_EXITED', 0, IMAGE),
+                      waiting=('CONTAINER_CREATED', 0, IMAGE), again=('CONTAINER_RUNNING', 1, IMAGE))
         for pod in pods:
             for container in pod.container_metrics:
+                self.assertEqual((container.state, container.attempt, container.image), states[container.name])
                 self.assertTrue(start - 600 * 10**9 < pod.created_at < container.created_at < start)
 
     def test_containers_at_rest_equal_their_cgroups(self):
+        """Every number is the kernel's."""
+        names = 'memory', 'side', 'writer'
         for source in ('cgroup', 'cri'):
+            expected, containers = self.settled(
+                lambda: [read_cgroup(self.cgroups[name]) for name in names],
+                lambda: containers_by_id(self.once('--container-stats', source)))
+            if source == 'cgroup':
+                # v2's own unit, in which v1's is sent too.
+                expected = [cgroup._replace(usage_ns=cgroup.usage_ns // 1000 * 1000) for cgroup in expected]
+            found = [containers[self.ids[name]] for name in names]
             with self.subTest(source):
-                self.compare_with_cgroups(source, 'memory', 'side', 'writer')
+                self.assertEqual([source] * 3, [container.stats_source for container in found])
+                self.assertEqual(expected, list(map(set_cgroup_fields, found)))
 
     def test_both_sources_say_the_same(self):
         """What is counted lies between two answers of the runtime; what is measured differs by what moves meanwhile."""
-        before, ours, after = (containers_by_id(self.once('--container-stats', source))
-                               for source in ('cri', 'cgroup', 'cri'))
-        compared = 0
-        for name, number in self.ids.items():
-            if before[number].HasField('cpu_metrics'):
-                compared += 1
-                with self.subTest(name):
-                    found = [set_cgroup_fields(container[number]) for container in (before, ours, after)]
-                    self.assertEqual(['cri', 'cgroup', 'cri'],
-                                     [container[number].stats_source for container in (before, ours, after)])
-                    for field in ('usage_ns', 'page_faults', 'major_page_faults'):
-                        low, value, high = (getattr(cgroup, field) for cgroup in found)
-                        self.assertTrue(low - 1000 < value <= high, (field, low, value, high))
-                    for field in ('memory_bytes', 'working_set_bytes', 'rss_bytes'):
-                        low, value, _ = (getattr(cgroup, field) for cgroup in found)
-                        self.assertAlmostEqual(low, value, delta=MIB, msg=field)
-                    limit = ours[number].memory_metrics.available_bytes.value
-                    self.assertAlmostEqual(before[number].memory_metrics.available_bytes.value, limit, delta=MIB)
-                    self.assertEqual(name in ('again', 'survivor'), limit > 0)
-        self.assertEqual(10 if CNI_PLUGINS else 8, compared)
+        sources = ['cri', 'cgroup', 'cri']
+        snapshots = [containers_by_id(self.once('--container-stats', source)) for source in sources]
+        for name in self.ids.keys() - self.not_running:
+            with self.subTest(name):
+                found = [containers[self.ids[name]] for containers in snapshots]
+                self.assertEqual(sources, [container.stats_source for container in found])
+                counted, *measured = zip(Cgroup._fields, *map(set_cgroup_fields, found))
+                for field, low, value, high in (counted, *measured[3:]):
+                    self.assertTrue(low - 1000 < value <= high, (field, low, value, high))
+                left, limit, _ = (container.memory_metrics.available_bytes.value for container in found)
+                for field, low, value, _ in (('available_bytes', left, limit, 0), *measured[:3]):
+                    self.assertAlmostEqual(low, value, delta=MIB, msg=field)
+                self.assertEqual(name in ('again', 'survivor'), limit > 0)
 
     def test_a_tenth_of_a_cpu(self):
         """And not more; on a crowded machine the container gets less."""
@@ -7355,26 +6925,26 @@ class RealRuntimeTest(Case):
 
     def test_a_kill_for_want_of_memory(self):
         """On cgroup v1 a kill counts in the container's own group alone, which goes with the container."""
-        metrics = self.snapshot()
-        containers = containers_by_id(metrics)
+        containers = containers_by_id(self.snapshot())
         hog, again, survivor = (containers[self.ids[name]] for name in ('hog', 'again', 'survivor'))
         self.assertEqual((137, 'OOMKilled', 0, 1),
                          (hog.status.exit_code, hog.status.reason, hog.restart_count, again.restart_count))
         self.assertTrue(hog.created_at < hog.status.started_at_ns < hog.status.finished_at_ns < time.time_ns())
-        self.assertEqual((True, False), (hog.status.HasField('exit_code'), again.status.HasField('exit_code')))
+        self.assertFalse(again.status.HasField('exit_code'))
         self.assertEqual((0, 1), (again.cgroup.memory.events.oom_kill, survivor.cgroup.memory.events.oom_kill))
         self.assertEqual([32 * MIB] * 2, [container.cgroup.memory.max for container in (again, survivor)])
-        pod = next(pod for pod in metrics.pod_metrics if pod.name == 'oom')
-        self.assertEqual(('Burstable', next(made.cgroup for made in self.pods if made.id == pod.id)),
-                         (pod.qos_class, pod.cgroup.path))
+        pod = next(pod for pod in self.snapshot().pod_metrics if pod.name == 'oom')
+        self.assertEqual(('Burstable', os.path.dirname(self.cgroups['hog'])), (pod.qos_class, pod.cgroup.path))
         self.assertEqual(0 if os.path.isdir('/sys/fs/cgroup/memory') else 2, pod.cgroup.memory.events.oom_kill)
 
     def test_block_io(self):
         if not self.counts_io:
             self.skipTest('the directory is on no disk of its own')
+
         def written():
             devices = containers_by_id(self.once())[self.ids['disk']].cgroup.io.stat
             return [device for device in devices if device.wbytes >= 8 * MIB]
+
         io = wait_for('8 MiB', written)
         # And whatever the file system notes meanwhile.
         self.assertTrue(8 * MIB <= io[0].wbytes < 9 * MIB and 8 <= io[0].wios < 100, io)
@@ -7412,7 +6982,7 @@ class RealRuntimeTest(Case):
             cpu = containers_by_id(process.next_snapshot())[self.ids['half']].cpu_metrics
             after, end = read_cgroup(cgroup), time.time_ns()
             usage, instant = cpu.usage_core_nano_seconds.value, cpu.timestamp
-            self.assertTrue(before.usage_ns <= usage <= after.usage_ns, (before.usage_ns, usage, after.usage_ns))
+            self.assertTrue(before.usage_ns <= usage <= after.usage_ns, (before, usage, after))
             self.assertTrue(start <= instant <= end, (start, instant, end))
             samples.append((instant, usage, cpu.usage_nano_cores.value))
             before, start = after, instant
@@ -7424,11 +6994,9 @@ class RealRuntimeTest(Case):
         self.assertTrue(0 < statistics.mean(rate for _, _, rate in samples[1:]) < 1.1e9, samples)
 
     def test_not_running_have_no_cpu_and_no_memory(self):
-        containers = containers_by_id(self.snapshot())
-        known = {name: (containers[number].HasField('cpu_metrics'), containers[number].HasField('memory_metrics'))
-                 for name, number in self.ids.items()}
-        self.assertEqual(known, {name: (False, False) if name in ('failed', 'waiting', 'hog') else (True, True)
-                                 for name in self.ids})
+        for container in containers_by_id(self.snapshot()).values():
+            known = [container.HasField(name) for name in ('cpu_metrics', 'memory_metrics')]
+            self.assertEqual(known, [container.name not in self.not_running] * 2)
 
     def test_writable_layer_of_3_mib(self):
         """containerd measures layers in the background, here once a second; the directory is the snapshotter's."""
@@ -7471,8 +7039,6 @@ class RealRuntimeTest(Case):
 
 # --- README
 
-# Of other programs: build_zipapp.sh, systemctl, protoc, .ci/bench.
-FOREIGN_FLAGS = {'--native', '--now', '--proto_path', '--python_out', '--short'}
 PROMISE = ("every snapshot taken is delivered at least once while it is younger than the retention, whatever the "
            "relay, the runtime, the kernel's files or the disk do; the agent neither hangs nor grows nor needs a "
            "restart")
@@ -7500,7 +7066,9 @@ class ReadmeTest(unittest.TestCase):
 
     def test_every_flag_of_the_agent_and_no_other(self):
         named = set(re.findall(r'(?<![\w-])--[a-z][\w-]*', self.readme))
-        self.assertEqual(named - FOREIGN_FLAGS, {*agent.FLAGS, '--help', '--version'})
+        # Of build_zipapp.sh, systemctl, protoc, .ci/bench.
+        others = {'--native', '--now', '--proto_path', '--python_out', '--short'}
+        self.assertEqual(named - others, {*agent.FLAGS, '--help', '--version'})
 
     def test_messages_named_are_in_the_proto_and_every_field_of_ours_for_the_node_is_named(self):
         messages = {name for name in self.column('What it collects', 1) if name[0].isupper()}
@@ -7533,21 +7101,10 @@ class ProtoTest(unittest.TestCase):
     # A file of the kernel or of a cgroup, a call, the runtime, the agent.
     SOURCE = re.compile(r'/(proc|sys|etc)/|\bfiles below|\b(cpu|memory|io|pids)\.[a-z*]|\bcgroup\b|\bCRI\b|\w\([1-9]\)|'
                         r'\bagent\b')
-    NUMBER = r'[\w.<>, ]*(?:double|float|fixed\d\d|int\d\d|(?:Double|Float|Int\d\d)Value)>?'
-    UNIT = (r'(bytes|(milli|micro|nano)?seconds|percent|megabits|MHz|pages|sectors|threads|cores|_usec|_ns|_ticks|'
-            r'_percentage)(_total)?\b')
-    # What has no unit: it counts, or is a name.
-    COUNTS = """acknowledged_total attempt calls_total containers cpu ctxt current cycles_total discard_ios
-        discard_merges dropped dropped_total exit_code failures_total file_nr_allocated file_nr_max flush_ios in_flight
-        index inodes inodes_free inodes_used intr major_page_faults max netstat nf_conntrack_count nf_conntrack_max oom
-        oom_kill open_files page_faults pid pid_max processed processes procs procs_blocked procs_running read_ios
-        read_merges reconnects_total restart_count rios rx_compressed rx_drop rx_errs rx_fifo rx_frame rx_multicast
-        rx_packets sandboxes sent_total sequence shares snmp snmp6 time_squeeze total_drop_in total_drop_out
-        total_err_in total_err_out total_fifo_err_in total_fifo_err_out total_packets_received total_packets_sent
-        total_read_ops total_write_ops tx_carrier tx_colls tx_compressed tx_drop tx_errs tx_fifo tx_packets weight wios
-        write_ios write_merges"""
+    NUMBER = r'[\w.<>, ]*(?:double|float|(?:Double|Float)Value)>?'
+    UNIT = r'((milli|micro|nano)?seconds|percent|threads|_percentage)(_total)?\b'
     # The unit is in the comment above the field before it.
-    NEIGHBOURS = 'available_memory avg300 avg60 load15 load5 sockstat6 time_in_queue total_bytes_received used'
+    NEIGHBOURS = {'avg60', 'avg300', 'load5', 'load15'}
     messages = re.findall(r'((?:^//.*\n)*)^message (\w+) {\n((?:.*\n)*?)}', read_text(f'{HERE}/proto/kubensage.proto'),
                           re.MULTILINE)
 
@@ -7555,8 +7112,9 @@ class ProtoTest(unittest.TestCase):
         self.assertEqual({name for _, name, _ in self.messages}, set(wire.DESCRIPTOR.message_types_by_name))
         self.assertEqual([name for comment, name, _ in self.messages if not self.SOURCE.search(comment)], [])
 
-    def test_every_number_has_a_unit_or_is_a_count(self):
-        """In its name or in the comment right above it; or a clause of the message's comment begins with it."""
+    def test_every_number_that_is_not_whole_has_a_unit(self):
+        """In its name or in the comment right above it; or a clause of the message's comment begins with it. A whole
+        number without a unit is a count."""
         bare = set()
         for above, _, fields in self.messages:
             if re.search(rf'[.,:]\s(// )?{self.UNIT}', above, re.IGNORECASE):
@@ -7564,7 +7122,7 @@ class ProtoTest(unittest.TestCase):
             for comment, name in re.findall(rf'((?:^  //.*\n)*)^  {self.NUMBER} (\w+) =', fields, re.MULTILINE):
                 if not re.search(self.UNIT, comment + name, re.IGNORECASE):
                     bare.add(name)
-        self.assertEqual(sorted(bare), sorted(self.COUNTS.split() + self.NEIGHBOURS.split()))
+        self.assertEqual(bare, self.NEIGHBOURS)
 
 
 if __name__ == '__main__':
