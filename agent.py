@@ -3178,8 +3178,9 @@ def collect_agent(message: wire.AgentMetrics, stats: AgentStats, backlog: Option
     """The agent's own processes and counters; always from its own /proc."""
     now, statm = time.monotonic(), read_bytes('/proc', 'self/statm')
     if now >= stats.open_files_due:
-        # Listing them takes 1 µs each.
-        stats.open_files, stats.open_files_due = len(read_names('/proc', 'self/fd')) or None, now + SELDOM_SECONDS
+        # Listing them takes 1 µs each. At random times: not in one cycle with what else is done once a minute.
+        stats.open_files = len(read_names('/proc', 'self/fd')) or None
+        stats.open_files_due = now + random.uniform(0.5, 1) * SELDOM_SECONDS
     message.MergeFrom(wire.AgentMetrics(
         run_id=stats.run_id, sequence=stats.sequence, timestamp_ns=timestamp_ns, version=__version__,
         uptime_seconds=now - stats.started, cpu_seconds_total=time.process_time(),
