@@ -7067,7 +7067,7 @@ class ReadmeTest(unittest.TestCase):
     def test_every_flag_of_the_agent_and_no_other(self):
         named = set(re.findall(r'(?<![\w-])--[a-z][\w-]*', self.readme))
         # Of build_zipapp.sh, systemctl, protoc, .ci/bench.
-        others = {'--native', '--now', '--proto_path', '--python_out', '--short'}
+        others = {'--against', '--native', '--now', '--proto_path', '--python_out', '--short'}
         self.assertEqual(named - others, {*agent.FLAGS, '--help', '--version'})
 
     def test_messages_named_are_in_the_proto_and_every_field_of_ours_for_the_node_is_named(self):
