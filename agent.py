@@ -513,8 +513,8 @@ def parse_nested_keyed(file: str, text: str, number: Callable[[str], float] = in
         try:
             if len(words) != 2 * pairs + 1:
                 words = words[line.partition('=')[0].count(' ') - 1:]
-                if pairs and len(words) != 2 * pairs + 1:
-                    raise ValueError
+            if pairs and len(words) != 2 * pairs + 1:
+                raise ValueError
             if pairs:
                 values[words[0]] = dict(zip(words[1::2], map(number, words[2::2])))
         except ValueError:
