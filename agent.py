@@ -564,15 +564,16 @@ def read_open_files(descriptors: Sequence[Optional[int]]) -> List[Optional[bytes
         return list(map(read_open_file, descriptors))
 
 
-def open_files_limit() -> int:
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return MAX_OPEN_FILES if soft == resource.RLIM_INFINITY else min(soft, MAX_OPEN_FILES)
+def open_files_limit(hard: bool = False) -> int:
+    """The soft limit, or the hard one, as far as the agent makes use of it."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[hard]
+    return MAX_OPEN_FILES if limit == resource.RLIM_INFINITY else min(limit, MAX_OPEN_FILES)
 
 
 def raise_open_files_limit() -> None:
     """As far as the hard limit allows. Files beyond the limit are opened in each cycle."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = open_files_limit(hard=True)
     if open_files_limit() < wanted:
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
