@@ -18,9 +18,9 @@ the relay has acknowledged it.
     /proc/loadavg                     load, threads                         proc_loadavg(5)
     /proc/meminfo, vmstat             memory, paging, OOM kills             filesystems/proc.rst, 1.2
     /proc/pressure/*                  stall time                            accounting/psi.rst
-    /proc/PID/statm, comm             the largest processes                 proc_pid_statm(5)
+    /proc/PID/statm, comm, cmdline    the largest processes                 proc_pid_statm(5)
     /proc/PID/mountinfo, statvfs(3)   file systems and their use            proc_pid_mountinfo(5)
-    /proc/diskstats, /sys/block       disk I/O                              block/stat.rst, admin-guide/iostats.rst
+    /proc/diskstats, /sys/block       disk I/O, what is stacked             block/stat.rst, admin-guide/iostats.rst
     /proc/net/dev, /sys/class/net     interfaces and their counters         proc_net(5), sysfs-class-net
     /proc/net/route, ipv6_route       the interface of the default route    networking/proc_net
     /proc/net/snmp, snmp6, netstat,   protocols, sockets, softirq backlog   networking/snmp_counter.rst
@@ -28,7 +28,7 @@ the relay has acknowledged it.
     rtnetlink RTM_GETADDR             addresses                             rtnetlink(7)
     /proc/uptime, /proc/sys           uptime, host name, kernel, limits     admin-guide/sysctl/
     adjtimex(2)                       whether the clock is synchronised     adjtimex(2)
-    /etc/os-release, debian_version   distribution                          os-release(5)
+    /etc/os-release, *-release, ...   distribution                          os-release(5)
     DMI product_uuid, machine-id      identity of the host                  machine-id(5)
     /sys/fs/cgroup                    containers, pods, services            admin-guide/cgroup-v2.rst, cgroup-v1/
     /proc/PID/net/dev                 the pods' interfaces                  proc_net(5)
@@ -36,8 +36,9 @@ the relay has acknowledged it.
       ContainerStatus, ImageFsInfo
 
 A value goes from the kernel's file through a parser that keeps the kernel's name into the field of
-that name. The sections follow the data: the archive's bundle, files, subjects of the node, cgroups,
-runtime and pods, backlog, relay, snapshot, output, command line. `grep '^# ---' agent.py` lists them.
+that name. A second process asks what may never answer. The sections follow the data: the archive's
+bundle, files, subjects of the node, cgroups, runtime and pods, backlog, relay, snapshot, output,
+command line. `grep '^# ---' agent.py` lists them.
 """
 from __future__ import annotations
 
@@ -69,6 +70,7 @@ import signal
 import socket
 import stat
 import struct
+import subprocess
 import sys
 import threading
 import time
@@ -88,6 +90,10 @@ __version__ = '1.0.0'
 log = logging.getLogger('kubensage-agent')
 
 Row = TypeVar('Row')
+# By the kernel's name a number of its; by subject what has failed.
+Counts = Dict[str, int]
+Failures = Dict[str, str]
+Options = argparse.Namespace
 
 
 # --- private paths
@@ -386,8 +392,19 @@ ABSENT = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ESRCH, errn
                     errno.EOPNOTSUPP})
 # What a parser's arithmetic and indexing raise on text that the kernel does not write.
 MALFORMED = (ValueError, IndexError, KeyError, TypeError, OverflowError)
+BOOT_ID = '/proc/sys/kernel/random/boot_id'
 # A file of one short line has fewer.
 SMALL_BYTES = 4096
+# No size and no counter gets there: one that says so has gone below 0.
+BEYOND = 2**63
+
+
+class Malformed(ValueError):
+    """What of a file is malformed; `rest` is what the other lines say."""
+
+    def __init__(self, text: str, rest: Any):
+        super().__init__(f'malformed line: {text[:200]!r}')
+        self.rest = rest
 
 
 class Roots(NamedTuple):
@@ -397,137 +414,107 @@ class Roots(NamedTuple):
     rootfs: str
 
 
-def none_if_absent(error: OSError) -> None:
-    """Raise it again where it means something else."""
-    if error.errno not in ABSENT:
-        raise error
-
-
-def open_file(root: str, path: str) -> Optional[int]:
-    """A descriptor for reading; None where the file is absent. Other errors (EIO, EINVAL) are the caller's."""
+def read_small(path: str) -> bytes:
+    """A file of one short line, which one read(2) gives whole: half of what read_bytes takes for it."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        return os.open(f'{root}/{path}', os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        return none_if_absent(error)
-
-
-def read_bytes(root: str, path: str) -> Optional[bytes]:
-    """The whole file, None where it is absent."""
-    descriptor = open_file(root, path)
-    if descriptor is None:
-        return None
-    try:
-        return b''.join(iter(lambda: os.read(descriptor, 1 << 16), b''))
-    except OSError as error:
-        return none_if_absent(error)
+        return os.read(descriptor, SMALL_BYTES)
     finally:
         os.close(descriptor)
 
 
-def read_small(root: str, path: str) -> Optional[bytes]:
-    """A file of one short line, which one read(2) gives whole: half of what read_bytes takes for it."""
+def read_bytes(path: str) -> bytes:
+    """The whole file."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        descriptor = os.open(f'{root}/{path}', os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            return os.read(descriptor, SMALL_BYTES)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        return none_if_absent(error)
+        return b''.join(iter(lambda: os.read(descriptor, 1 << 16), b''))
+    finally:
+        os.close(descriptor)
 
 
-def read_text(root: str, path: str) -> Optional[str]:
+def read_text(path: str) -> str:
     """The whole file as text; bytes that are not UTF-8 become U+FFFD."""
-    data = read_bytes(root, path)
-    return None if data is None else data.decode(errors='replace')
+    return read_bytes(path).decode(errors='replace')
 
 
-def read_line(root: str, path: str) -> Optional[str]:
-    """A file of one line, without surrounding white space; None where it is absent or empty."""
-    data = read_small(root, path)
-    return data.decode(errors='replace').strip() or None if data is not None else None
+def read_line(path: str) -> Optional[str]:
+    """A file of one line, without surrounding white space; None where it is empty."""
+    return read_small(path).decode(errors='replace').strip() or None
 
 
-def read_int(root: str, path: str) -> Optional[int]:
-    """A file of one decimal or 0x number. EINVAL is how sysfs says "not now" (speed of a link that is down)."""
+def read_int(path: str) -> Optional[int]:
+    """A file of one decimal or 0x number; None where it is empty. EINVAL is how sysfs says "not now" (speed of a link
+    that is down)."""
     try:
-        text = read_line(root, path)
-        return None if text is None else int(text, 0)
+        text = read_line(path)
     except OSError as error:
-        return None if error.errno == errno.EINVAL else none_if_absent(error)
-    except ValueError:
-        raise ValueError(f'{path}: not a number: {text[:80]!r}') from None
+        if error.errno != errno.EINVAL:
+            raise
+        return None
+    return text and parse_number(text, lambda digits: int(digits, 0))
 
 
-def read_names(root: str, path: str) -> List[str]:
-    """The names in a directory; none where it is absent."""
+def said_or_errno(read: Callable[..., bytes], *arguments: Any) -> Any:
+    """What a file says: None where it is absent, the errno where it fails."""
     try:
-        return os.listdir(f'{root}/{path}')
+        return read(*arguments)
     except OSError as error:
-        return none_if_absent(error) or []
+        return None if error.errno in ABSENT else error.errno
 
 
-def reads_this_machine(roots: Roots) -> bool:
-    """Whether system calls tell of the machine whose trees are read."""
-    return roots.procfs == '/proc' or read_line(roots.procfs, 'sys/kernel/random/boot_id') == read_line(
-        '/proc', 'sys/kernel/random/boot_id')
+def parse_number(text: str, convert: Callable[[str], Any] = int) -> Any:
+    """Python takes 1_000 and the digits of all scripts, which no kernel writes."""
+    if '_' in text or not text.isascii():
+        raise ValueError(f'not a number: {text[:80]!r}')
+    return convert(text)
 
 
-def parse_lines(file: str, lines: Iterable[str], parse_line: Callable[[str], Row]) -> List[Row]:
-    """parse_line of each line. ValueError names the file and the malformed line."""
-    rows = []
-    for line in lines:
+def parse_numbers(text: str) -> List[int]:
+    """Whole numbers between blanks."""
+    if '_' in text or not text.isascii():
+        raise ValueError
+    return list(map(int, text.split()))
+
+
+def parse_lines(text: str, parse_line: Callable[[str], Any], make: Callable[[List[Any]], Row] = list) -> Row:
+    """What `make` makes of the lines that have content, each parsed. A malformed line costs itself: Malformed.
+
+    Not splitlines(): a form feed or a U+2028 in a name ends no line.
+    """
+    rows, malformed = [], []
+    for line in filter(str.strip, text.split('\n')):
         try:
             rows.append(parse_line(line))
         except MALFORMED:
-            raise ValueError(f'{file}: malformed line: {line[:200]!r}') from None
-    return rows
+            malformed.append(line)
+    if malformed:
+        raise Malformed(malformed[0], make(rows))
+    return make(rows)
 
 
-def parse_flat_keyed(file: str, text: str) -> Dict[str, int]:
+def parse_flat_keyed(text: str) -> Counts:
     """Lines of `KEY NUMBER`, "flat keyed" in cgroup-v2.rst: vmstat, snmp6, cpu.stat, memory.events."""
     def parse_line(line: str) -> Tuple[str, int]:
         key, value = line.split()
-        return key, int(value)
+        return key, parse_number(value)
 
     words = text.split()
+    numbers = words[1::2]
     try:
         # A quarter of the time that line by line takes, which names the malformed line.
-        if len(words) == 2 * text.count('\n'):
-            return dict(zip(words[::2], map(int, words[1::2])))
+        if len(words) == 2 * text.count('\n') and text.isascii() and '_' not in ''.join(numbers):
+            return dict(zip(words[::2], map(int, numbers)))
     except ValueError:
         pass
-    return dict(parse_lines(file, text.splitlines(), parse_line))
-
-
-def parse_nested_keyed(file: str, text: str, number: Callable[[str], float] = int) -> Dict[str, Dict[str, Any]]:
-    """Lines of `KEY NAME=VALUE NAME=VALUE`, "nested keyed" in cgroup-v2.rst: io.stat by device, pressure by kind.
-
-    Before Linux 5.16 io.stat has devices without statistics before the next device in its line.
-
-    some avg10=0.36 avg60=0.06 avg300=0.14 total=3037169
-    """
-    values = {}
-    for line in text.splitlines():
-        words, pairs = line.replace('=', ' ').split(), line.count('=')
-        try:
-            if len(words) != 2 * pairs + 1:
-                words = words[line.partition('=')[0].count(' ') - 1:]
-            if pairs and len(words) != 2 * pairs + 1:
-                raise ValueError
-            if pairs:
-                values[words[0]] = dict(zip(words[1::2], map(number, words[2::2])))
-        except ValueError:
-            raise ValueError(f'{file}: malformed line: {line[:200]!r}') from None
-    return values
+    return parse_lines(text, parse_line, dict)
 
 
 # --- files that stay open
 
 # Longer than any file of a cgroup; io.stat has some 100 bytes a device.
 OPEN_FILE_BYTES = 1 << 16
-# The files of 1,400 cgroups, which cost the kernel 74 MB.
-MAX_OPEN_FILES = 1 << 14
+# The files of 2,500 cgroups, which cost the kernel 147 MB.
+MAX_OPEN_FILES = 1 << 15
 # What the rest of the agent may need: connections, the spool, files that are read once.
 SPARE_DESCRIPTORS = 256
 
@@ -548,20 +535,14 @@ class OpenFiles:
                 os.close(descriptor)
 
 
-def read_open_file(descriptor: Optional[int]) -> Optional[bytes]:
-    """The file from its beginning; None where it is absent, or has gone (ENODEV)."""
-    try:
-        return None if descriptor is None else os.pread(descriptor, OPEN_FILE_BYTES, 0)
-    except OSError as error:
-        return none_if_absent(error)
-
-
-def read_open_files(descriptors: Sequence[Optional[int]]) -> List[Optional[bytes]]:
-    """What each file says now. The agent spends most of its time here: read_open_file is called only after an error."""
+def read_open_files(descriptors: Sequence[Optional[int]]) -> List[Any]:
+    """What each file says now, from its beginning: said_or_errno, which takes longer and is called only after an error.
+    A file that has gone is absent (ENODEV). The agent spends most of its time here."""
     try:
         return [None if number is None else os.pread(number, OPEN_FILE_BYTES, 0) for number in descriptors]
     except OSError:
-        return list(map(read_open_file, descriptors))
+        return [None if number is None else said_or_errno(os.pread, number, OPEN_FILE_BYTES, 0)
+                for number in descriptors]
 
 
 def open_files_limit(hard: bool = False) -> int:
@@ -587,31 +568,49 @@ def field_names(kind: Any) -> Tuple[str, ...]:
     return tuple(field.name for field in kind.DESCRIPTOR.fields)
 
 
+def put(message: Any, name: str, number: float) -> None:
+    """A number into the field of this name. One that is out of range, or is none (NaN), makes it absent."""
+    try:
+        if 0 <= number < BEYOND:
+            return setattr(message, name, number)
+    except ValueError:
+        # Beyond the field's own type.
+        pass
+    return message.ClearField(name)
+
+
 def fill_known(message: Any, **values: Any) -> None:
-    """Put each value that is known into the field of its name."""
+    """Put each text and each number that is known into the field of its name."""
     for name, value in values.items():
-        if value is not None:
+        if isinstance(value, str):
             setattr(message, name, value)
+        elif value is not None:
+            put(message, name, value)
 
 
-def fill(message: Any, values: Mapping[str, Any]) -> None:
-    """Put each value into the field of its name. A field without a value becomes absent, a value without a field is
-    dropped.
+def fill_map(message_map: Any, numbers: Counts) -> None:
+    """Put the numbers that are in range into a map."""
+    message_map.update({key: number for key, number in numbers.items() if 0 <= number < BEYOND})
+
+
+def fill(message: Any, numbers: Mapping[str, Any]) -> None:
+    """Put each number that is in range into the field of its name. A field without one becomes absent, and one without
+    a field is dropped.
 
     For messages of scalars alone: protobuf frees the memory of a message as a whole, never in part, so that a living
     message from which submessages, lists or strings are cleared grows without end.
     """
     message.Clear()
     for name in field_names(type(message)):
-        value = values.get(name)
-        if value is not None:
-            setattr(message, name, value)
+        number = numbers.get(name)
+        if number is not None and 0 <= number < BEYOND:
+            setattr(message, name, number)
 
 
 def fill_wrapped(message: Any, values: Mapping[str, Optional[float]]) -> None:
     """The same for fields that are wrappers (UInt64Value, DoubleValue): these are written in place."""
     for name, value in values.items():
-        if value is not None:
+        if value is not None and 0 <= value < BEYOND:
             getattr(message, name).value = value
         elif message.HasField(name):
             message.ClearField(name)
@@ -647,24 +646,64 @@ class Cycle:
     """One cycle: when it began and until when the runtime may answer (monotonic clock), what has failed, by subject,
     and what the runtime's methods have cost since the agent's start."""
 
-    def __init__(self, interval: float, calls: Dict[str, wire.CriMethodMetrics], now: Optional[float] = None):
+    failed_reads = 0
+
+    def __init__(self, roots: Roots, interval: float, calls: Dict[str, wire.CriMethodMetrics],
+                 now: Optional[float] = None):
+        self.roots = roots
         self.now = time.monotonic() if now is None else now
         self.deadline = time.monotonic() + min(CRI_LONGEST_SECONDS, interval * CRI_SHARE_OF_CYCLE)
         self.calls = calls
-        self.subjects: Set[str] = set()
-        self.failures: Dict[str, str] = {}
+        self.failures: Failures = {}
+        self.current = ''
 
-    @contextlib.contextmanager
-    def subject(self, name: str) -> Iterator[None]:
-        """What may fail on its own: something malformed or unreadable costs this subject, and the rest goes on."""
-        self.subjects.add(name)
+    def path(self, path: str) -> str:
+        """Where a file of the node is for the agent."""
+        _, tree, below = path.split('/', 2)
+        mounted = self.roots.procfs if tree == 'proc' else self.roots.sysfs if tree == 'sys' else ''
+        return f'{mounted}/{below}' if mounted else self.roots.rootfs.rstrip('/') + path
+
+    def read(self, path: str, parse: Optional[Callable[[Any], Any]] = None,
+             reader: Callable[[str], Any] = read_text) -> Any:
+        """What a reader, and a parser, make of a file of the node; None where it is absent. One that fails or is
+        malformed is a failure of its own, and costs what comes from it; a line that is malformed costs itself."""
         try:
-            yield
-        except (ValueError, OSError, ArithmeticError) as error:
-            self.failed(name, error)
+            data = reader(self.path(path))
+        except (OSError, ValueError) as error:
+            return None if getattr(error, 'errno', None) in ABSENT else self.failed_file(path, error)
+        return data if parse is None or data is None else self.parsed(path, data, parse)
+
+    def parsed(self, path: str, data: Any, parse: Callable[[Any], Any]) -> Any:
+        """What a parser makes of it, as far as it can."""
+        try:
+            return parse(data)
+        except Malformed as error:
+            self.failed_file(path, error)
+            return error.rest
+        except MALFORMED:
+            return self.failed_file(path, f'malformed: {data[:200]!r}')
+
+    def read_line(self, path: str, parse: Optional[Callable[[str], Any]] = None) -> Any:
+        return self.read(path, parse, read_line)
+
+    def read_int(self, path: str) -> Optional[int]:
+        return self.read(path, None, read_int)
+
+    def names(self, path: str) -> List[str]:
+        """The names in a directory."""
+        return self.read(path, None, os.listdir) or []
+
+    def reads_this_machine(self) -> bool:
+        """Whether system calls tell of the machine whose trees are read."""
+        return self.roots.procfs == '/proc' or self.read_line(BOOT_ID) == read_line(BOOT_ID)
+
+    def failed_file(self, path: str, error: Any) -> None:
+        """By the file's name: there may be one in each of a thousand directories."""
+        self.failed(f'{self.current}: {os.path.basename(path)}', f'{path}: {getattr(error, "strerror", None) or error}')
 
     def failed(self, subject: str, error: Any) -> None:
         self.failures[subject] = str(error)
+        self.failed_reads += 1
 
     def seconds_left(self) -> float:
         return max(CRI_SHORTEST_SECONDS, self.deadline - time.monotonic())
@@ -681,6 +720,8 @@ class Cycle:
 TICKS_PER_SECOND = os.sysconf('SC_CLK_TCK')
 # idle and iowait may go backwards by a little; by more, the CPU was taken offline and counts anew.
 BACKWARDS_TICKS = 3 * TICKS_PER_SECOND
+# A day. Under Xen steal may jump by more than the machine has lived.
+JUMP_TICKS = 86400 * TICKS_PER_SECOND
 # MIDR_EL1 implementer and part numbers; Linux on ARM prints these and no names.
 ARM_IMPLEMENTERS = {0x41: 'ARM', 0x48: 'HiSilicon', 0x4e: 'NVIDIA', 0x51: 'Qualcomm', 0x61: 'Apple', 0xc0: 'Ampere'}
 ARM_PARTS = {
@@ -708,52 +749,55 @@ class CpuTimes(NamedTuple):
     guest_nice: int = 0
 
 
-class Cpus:
-    """The CPUs' times at the previous cycle, and by number what does not change while a CPU is online."""
-
-    def __init__(self) -> None:
-        self.times: Dict[str, CpuTimes] = {}
-        self.infos: Dict[int, wire.CpuInfo] = {}
-
-
-def parse_stat(text: str) -> Tuple[Dict[str, CpuTimes], Dict[str, int]]:
+def parse_stat(text: str) -> Tuple[Dict[str, CpuTimes], Counts]:
     """/proc/stat: the times of `cpu` (all) and `cpuN` (online ones), and the first number of each other line.
 
     cpu0 21 0 35 9800 12 0 4 0 0 0
     btime 1795425000
     """
     times: Dict[str, CpuTimes] = {}
-    numbers: Dict[str, int] = {}
+    numbers: Counts = {}
 
     def parse_line(line: str) -> None:
         name, rest = line.split(None, 1)
         if re.fullmatch(r'cpu(0|[1-9]\d*)?', name, re.ASCII):
-            times[name] = CpuTimes(*map(int, rest.split()[:10]))
+            ticks = parse_numbers(rest)[:10]
+            if min(ticks) < 0 or max(ticks) >= BEYOND:
+                raise ValueError
+            times[name] = CpuTimes(*ticks)
         else:
-            numbers[name] = int(rest.split(None, 1)[0])
+            numbers[name] = parse_number(rest.split(None, 1)[0])
 
-    parse_lines('stat', filter(str.strip, text.splitlines()), parse_line)
-    return times, numbers
+    return parse_lines(text, parse_line, lambda rows: (times, numbers))
 
 
 def parse_cpuinfo(text: str) -> Dict[int, Dict[str, str]]:
     """/proc/cpuinfo: by the number of the logical CPU, the `key : value` lines of its block."""
-    def parse_block(block: str) -> Tuple[int, Dict[str, str]]:
-        info = dict((word.strip() for word in line.split(':', 1)) for line in block.splitlines() if line.strip())
-        return int(info.get('processor', -1)), info
+    infos: Dict[int, Dict[str, str]] = {}
+    blocks: Dict[str, str] = {}
 
-    infos = dict(parse_lines('cpuinfo', text.split('\n\n'), parse_block))
-    return {number: info for number, info in infos.items() if number >= 0}
+    def parse_line(line: str) -> None:
+        nonlocal blocks
+        key, value = (word.strip() for word in line.split(':', 1))
+        if key == 'processor':
+            blocks = infos.setdefault(parse_number(value), {})
+        blocks[key] = value
+
+    return parse_lines(text, parse_line, lambda rows: infos)
 
 
-def cpu_percent(previous: CpuTimes, times: CpuTimes) -> Optional[float]:
-    """Percent of the time between two samples that was neither idle nor iowait; None if no time has passed.
+def cpu_percent(previous: CpuTimes, times: CpuTimes, cpus: int = 1) -> Optional[float]:
+    """Percent of the time between two samples of so many CPUs that was neither idle nor iowait; None if no time has
+    passed, or a counter has begun anew or jumped.
 
-    idle and iowait may go backwards (proc_stat(5)): such a step counts as 0.
+    idle and iowait may go backwards by a little (proc_stat(5)): such a step counts as 0.
     """
-    elapsed = CpuTimes(*(max(0, b - a) for a, b in zip(previous, times)))
+    steps = [b - a for a, b in zip(previous, times)]
+    elapsed = CpuTimes(*(max(0, step) for step in steps))
     total = sum(elapsed[:8])
-    return 100 * (total - elapsed.idle - elapsed.iowait) / total if total else None
+    if not total or min(steps) <= -BACKWARDS_TICKS or max(steps) > JUMP_TICKS * cpus:
+        return None
+    return 100 * (total - elapsed.idle - elapsed.iowait) / total
 
 
 def without_steps_back(previous: CpuTimes, times: CpuTimes) -> CpuTimes:
@@ -768,55 +812,64 @@ def fill_cpu_seconds(message: wire.CpuSeconds, times: CpuTimes) -> None:
         setattr(message, mode, ticks / TICKS_PER_SECOND)
 
 
-def collect_cpu_info(roots: Roots, number: int, info: Mapping[str, str]) -> wire.CpuInfo:
-    """One CPU, from its block of /proc/cpuinfo and from sysfs, which has the topology on every architecture."""
-    directory = f'devices/system/cpu/cpu{number}'
+def collect_cpu_info(number: int, info: Mapping[str, str], cycle: Cycle) -> Tuple[wire.CpuInfo, str]:
+    """One CPU, from its block of /proc/cpuinfo and from sysfs, which has the topology on every architecture; and what
+    the CPUs of its core have in common, empty where that is not known. core_id is unique within a die or a cluster
+    alone."""
+    directory, message = f'/sys/devices/system/cpu/cpu{number}', wire.CpuInfo(cpu=number)
     ids = {}
     for field, file, key in (('physical_id', 'physical_package_id', 'physical id'), ('core_id', 'core_id', 'core id')):
-        value = read_int(roots.sysfs, f'{directory}/topology/{file}')
-        value = int(info[key]) if value is None and key in info else value
+        value = cycle.read_int(f'{directory}/topology/{file}')
         # -1 is how sysfs says that it does not know.
-        ids[field] = None if value in (None, -1) else str(value)
-    max_khz = read_int(roots.sysfs, f'{directory}/cpufreq/cpuinfo_max_freq')
-    mhz = max_khz // 1000 if max_khz is not None else round(float(info['cpu MHz'])) if 'cpu MHz' in info else None
+        ids[field] = info.get(key) if value is None else str(value) if 0 <= value < BEYOND else None
+    siblings = (cycle.read_line(f'{directory}/topology/{file}')
+                for file in ('core_cpus_list', 'thread_siblings_list'))
+    max_khz = cycle.read_int(f'{directory}/cpufreq/cpuinfo_max_freq')
     vendor, model = info.get('vendor_id'), info.get('model name')
-    if 'CPU implementer' in info and 'CPU part' in info:
-        vendor, part = info['CPU implementer'], info['CPU part']
-        model = ARM_PARTS.get((int(vendor, 16), int(part, 16)), f'{vendor}/{part}')
-        vendor = ARM_IMPLEMENTERS.get(int(vendor, 16), vendor)
-    return wire.CpuInfo(model=model, vendor_id=vendor, mhz=mhz, cpu=number, **ids)
+    with contextlib.suppress(ValueError, OverflowError):
+        put(message, 'mhz', round(float(info.get('cpu MHz', '')) if max_khz is None else max_khz // 1000))
+    with contextlib.suppress(KeyError, ValueError):
+        names = info['CPU implementer'], info['CPU part']
+        numbers = tuple(int(name, 16) for name in names)
+        vendor, model = ARM_IMPLEMENTERS.get(numbers[0], names[0]), ARM_PARTS.get(numbers, '/'.join(names))
+    fill_known(message, model=model, vendor_id=vendor, **ids)
+    return message, next(filter(None, siblings), None) or message.core_id
 
 
-def collect_cpu_infos(roots: Roots, online: Iterable[int]) -> Dict[int, wire.CpuInfo]:
-    """The online CPUs; `cores` counts the distinct core ids of a CPU's package."""
-    blocks = parse_cpuinfo(read_text(roots.procfs, 'cpuinfo') or '')
-    infos = {number: collect_cpu_info(roots, number, blocks.get(number, {})) for number in online}
-    cores = {(info.physical_id, info.core_id) for info in infos.values() if info.HasField('core_id')}
+def collect_cpu_infos(online: Iterable[int], cycle: Cycle) -> Dict[int, wire.CpuInfo]:
+    """The online CPUs; `cores` counts the distinct cores of a CPU's package."""
+    blocks = cycle.read('/proc/cpuinfo', parse_cpuinfo) or {}
+    infos = [collect_cpu_info(number, blocks.get(number, {}), cycle) for number in online]
+    cores = {(info.physical_id, core) for info, core in infos if core}
     count = collections.Counter(package for package, _ in cores)
-    for info in infos.values():
+    for info, _ in infos:
         if info.physical_id in count:
             info.cores = count[info.physical_id]
-    return infos
+    return {info.cpu: info for info, _ in infos}
 
 
-def collect_cpu(node: wire.NodeMetrics, roots: Roots, cpus: Cpus) -> None:
+def collect_cpu(node: wire.NodeMetrics, state: NodeState, cycle: Cycle) -> None:
     """Everything of /proc/stat: CPU time, its use since the previous cycle, boot time, the kernel's activity."""
-    text = read_text(roots.procfs, 'stat')
-    if text is None:
+    times, numbers = cycle.read('/proc/stat', parse_stat) or ({}, {})
+    before, infos = state.cpu_times, state.cpu_infos
+    fill_known(node.stat, **{name: numbers.get(name) for name in field_names(wire.Stat)})
+    fill_known(node, boot_time=numbers.get('btime'))
+    if not times:
         return
-    times, numbers = parse_stat(text)
-    fill(node.stat, numbers)
-    times = {name: without_steps_back(cpus.times.get(name, after), after) for name, after in times.items()}
-    percent = {name: cpu_percent(cpus.times[name], after) for name, after in times.items() if name in cpus.times}
-    cpus.times = times
+    times = {name: without_steps_back(before.get(name, after), after) for name, after in times.items()}
+    percent = {name: cpu_percent(before[name], after, len(times) if name == 'cpu' else 1)
+               for name, after in times.items() if name in before}
+    state.cpu_times = times
     if 'cpu' in times:
         fill_cpu_seconds(node.cpu_seconds, times['cpu'])
-    fill_known(node, boot_time=numbers.get('btime'), total_cpu_percentage=percent.get('cpu'))
+    fill_known(node, total_cpu_percentage=percent.get('cpu'))
     online = [int(name[3:]) for name in times if name != 'cpu']
-    if list(cpus.infos) != online:
+    if list(infos) != online:
         # Not in each cycle: to print /proc/cpuinfo the kernel asks every CPU for its frequency.
-        cpus.infos = collect_cpu_infos(roots, online)
-    for number, info in cpus.infos.items():
+        failed_before = cycle.failed_reads
+        infos = collect_cpu_infos(online, cycle)
+        state.cpu_infos = infos if cycle.failed_reads == failed_before else {}
+    for number, info in infos.items():
         message = node.cpu_infos.add()
         message.CopyFrom(info)
         fill_cpu_seconds(message.seconds, times[f'cpu{number}'])
@@ -836,35 +889,27 @@ def parse_loadavg(text: str) -> Dict[str, float]:
 
     1.38 1.73 0.83 2/229 2859
     """
-    def parse_line(line: str) -> Dict[str, float]:
-        load1, load5, load15, threads = line.split()[:4]
-        runnable, total = threads.split('/')
-        return {'load1': float(load1), 'load5': float(load5), 'load15': float(load15),
-                'runnable_threads': int(runnable), 'threads': int(total)}
-
-    return parse_lines('loadavg', [text], parse_line)[0]
+    load1, load5, load15, threads = text.split()[:4]
+    runnable, total = threads.split('/')
+    averages = {'load1': load1, 'load5': load5, 'load15': load15}
+    return {'runnable_threads': parse_number(runnable), 'threads': parse_number(total),
+            **{name: parse_number(average, float) for name, average in averages.items()}}
 
 
-def parse_file_nr(text: str) -> Dict[str, int]:
+def parse_file_nr(text: str) -> Counts:
     """/proc/sys/fs/file-nr: allocated descriptors, a 0 left from old times, the maximum: `832 0
     9223372036854775807`."""
-    def parse_line(line: str) -> Dict[str, int]:
-        allocated, _, maximum = line.split()
-        return {'file_nr_allocated': int(allocated), 'file_nr_max': int(maximum)}
-
-    return parse_lines('file-nr', [text], parse_line)[0]
+    allocated, _, maximum = text.split()
+    return {'file_nr_allocated': parse_number(allocated), 'file_nr_max': parse_number(maximum)}
 
 
-def collect_load(node: wire.NodeMetrics, roots: Roots) -> None:
-    text = read_text(roots.procfs, 'loadavg')
-    if text is not None:
-        fill(node.load_average, parse_loadavg(text))
+def collect_load(node: wire.NodeMetrics, state: NodeState, cycle: Cycle) -> None:
+    fill_known(node.load_average, **cycle.read('/proc/loadavg', parse_loadavg) or {})
 
 
-def collect_limits(node: wire.NodeMetrics, roots: Roots) -> None:
-    file_nr = read_text(roots.procfs, 'sys/fs/file-nr')
-    limits = {field: read_int(roots.procfs, f'sys/{path}') for field, path in SYSCTLS.items()}
-    limits.update(parse_file_nr(file_nr) if file_nr is not None else {})
+def collect_limits(node: wire.NodeMetrics, state: NodeState, cycle: Cycle) -> None:
+    limits = {field: cycle.read_int(f'/proc/sys/{path}') for field, path in SYSCTLS.items()}
+    limits.update(cycle.read('/proc/sys/fs/file-nr', parse_file_nr) or {})
     fill_known(node.kernel_limits, **limits)
 
 
@@ -874,7 +919,7 @@ def collect_limits(node: wire.NodeMetrics, roots: Roots) -> None:
 VMSTAT = re.compile(r'oom_kill|pgpgin|pgpgout|pswpin|pswpout|pgfault|pgmajfault')
 
 
-def parse_meminfo(text: str) -> Dict[str, int]:
+def parse_meminfo(text: str) -> Counts:
     """/proc/meminfo in bytes (the file says kB and means 1,024); HugePages_* are counts.
 
     MemTotal:       24683080 kB
@@ -882,37 +927,47 @@ def parse_meminfo(text: str) -> Dict[str, int]:
     def parse_line(line: str) -> Tuple[str, int]:
         name, value = line.split(':')
         number, *unit = value.split()
-        return name, int(number) * (1024 if unit == ['kB'] else 1)
+        return name, parse_number(number) * (1024 if unit == ['kB'] else 1)
 
-    return dict(parse_lines('meminfo', text.splitlines(), parse_line))
+    return parse_lines(text, parse_line, dict)
 
 
-def collect_memory(node: wire.NodeMetrics, roots: Roots) -> None:
-    """MemAvailable is the kernel's own estimate, since Linux 3.14; used is what is not available."""
-    memory = parse_meminfo(read_text(roots.procfs, 'meminfo') or '')
-    node.meminfo.update(memory)
+def collect_memory(node: wire.NodeMetrics, state: NodeState, cycle: Cycle) -> None:
+    """MemAvailable is the kernel's own estimate, since Linux 3.14; used is what is not available. lxcfs may make more
+    available than there is: that is not believed."""
+    fill_map(node.meminfo, cycle.read('/proc/meminfo', parse_meminfo) or {})
+    memory = dict(node.meminfo)
     total, available = memory.get('MemTotal'), memory.get('MemAvailable')
-    used = None if total is None or available is None else max(0, total - available)
+    if total is not None and available is not None and available > total:
+        del node.meminfo['MemAvailable']
+        available = min(total, memory['MemFree'] + memory['Cached']) if {'MemFree', 'Cached'} <= memory.keys() else None
+    used = None if total is None or available is None else total - available
     fill_known(node, total_memory=total, available_memory=available, used_memory=used,
                memory_used_perc=100 * used / total if used is not None and total else None)
-    vmstat = parse_flat_keyed('vmstat', read_text(roots.procfs, 'vmstat') or '')
-    node.vmstat.update({name: value for name, value in vmstat.items() if VMSTAT.fullmatch(name)})
+    vmstat = cycle.read('/proc/vmstat', parse_flat_keyed) or {}
+    fill_map(node.vmstat, {name: value for name, value in vmstat.items() if VMSTAT.fullmatch(name)})
 
 
 # --- pressure
 
-PRESSURE_NUMBERS = frozenset(field_names(wire.PsiData))
+# More than 100 % is not believed.
+PERCENT = r'(\d\d?(?:\.\d+)?|100(?:\.0+)?)'
+PRESSURE_LINE = re.compile(
+    fr'^(some|full) avg10={PERCENT} avg60={PERCENT} avg300={PERCENT} total=(\d+)$', re.ASCII | re.MULTILINE)
 
 
-def parse_pressure(file: str, text: str) -> Dict[str, Dict[str, float]]:
+def parse_pressure(text: str) -> Dict[str, Dict[str, float]]:
     """/proc/pressure/* and *.pressure of a cgroup, nested keyed: percent averages over 10, 60 and 300 s, and a total in
-    µs (accounting/psi.rst)."""
-    pressure = parse_nested_keyed(file, text, float)
-    for stall in pressure.values():
-        if not PRESSURE_NUMBERS <= stall.keys() or not stall['total'].is_integer():
-            raise ValueError(f'{file}: malformed: {text[:200]!r}')
-        stall['total'] = int(stall['total'])
-    return pressure
+    µs (accounting/psi.rst).
+
+    some avg10=0.36 avg60=0.06 avg300=0.14 total=3037169
+    """
+    stalls, rows = {}, PRESSURE_LINE.findall(text)
+    for kind, avg10, avg60, avg300, total in rows:
+        stalls[kind] = {'avg10': float(avg10), 'avg60': float(avg60), 'avg300': float(avg300), 'total': int(total)}
+    if len(rows) != len(list(filter(str.strip, text.split('\n')))):
+        raise Malformed(text, stalls)
+    return stalls
 
 
 def fill_pressure(message: Any, pressure: Mapping[str, Mapping[str, float]], fill_stall: Callable[..., None]) -> None:
@@ -923,49 +978,168 @@ def fill_pressure(message: Any, pressure: Mapping[str, Mapping[str, float]], fil
             message.ClearField(kind)
 
 
-def collect_pressure(node: wire.NodeMetrics, roots: Roots) -> None:
+def collect_pressure(node: wire.NodeMetrics, state: NodeState, cycle: Cycle) -> None:
     """Absent before Linux 4.20; EOPNOTSUPP, which is absent too, where PSI is built in but off."""
     for name in ('cpu', 'memory', 'io', 'irq'):
-        text = read_text(roots.procfs, f'pressure/{name}')
-        if text:
-            message, pressure = getattr(node, f'psi_{name}_metrics'), parse_pressure(f'pressure/{name}', text)
-            fill_pressure(message, pressure, fill_wrapped)
+        pressure = cycle.read(f'/proc/pressure/{name}', parse_pressure)
+        if pressure:
+            fill_pressure(getattr(node, f'psi_{name}_metrics'), pressure, fill_wrapped)
+
+
+# --- what may never answer
+
+# statvfs(2) of a file server that is gone waits in the kernel, where no signal reaches: such calls are in a process
+# that can be left behind. What it is asked is a letter and a path; it answers with the question, a NUL, and what it has
+# found after a `=`, or the errno after a `!`. It has a thread for each question that waits. It ends when the agent has.
+STATVFS, READ = b's', b'r'
+HELPER = '''
+import os, _thread
+idle = []
+
+def answer(question):
+    path = question[1:]
+    try:
+        if question[:1] == b'r':
+            with open(path, 'rb', 0) as file:
+                return b'=' + file.read(4096)
+        space = os.statvfs(path)
+        return b'=' + ' '.join(map(str, (os.stat(path).st_dev, *space))).encode()
+    except OSError as error:
+        return b'!%d' % error.errno
+
+def serve():
+    while True:
+        idle.append(None)
+        question = os.read(0, 65536)
+        idle.pop()
+        if not question:
+            os._exit(0)
+        try:
+            if not idle:
+                _thread.start_new_thread(serve, ())
+        except RuntimeError:
+            pass
+        os.write(0, question + b'\\0' + answer(question))
+
+serve()
+'''
+HELPER_PATIENCE_SECONDS, HELPER_END_SECONDS = 1, 0.2
+HELPER_ANSWER_BYTES = 1 << 17
+
+
+class Helper:
+    """The process, while it is there, and the questions that it has not answered."""
+
+    channel: Optional[socket.socket] = None
+
+    def __init__(self) -> None:
+        self.waiting: Set[bytes] = set()
+
+    def __del__(self) -> None:
+        stop_helper(self)
+
+
+def start_helper(helper: Helper) -> None:
+    """In a session of its own, so that the terminal's Ctrl-C does not reach it. A fresh interpreter: a fork of the
+    agent would come to hold a second copy of its memory. OSError."""
+    channel, end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with end:
+        helper.process = subprocess.Popen(
+            [sys.executable, '-I', '-S', '-c', HELPER], stdin=end, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            start_new_session=True)
+    helper.channel = channel
+
+
+def stop_helper(helper: Helper) -> None:
+    """It ends itself, and is left behind where it cannot."""
+    if helper.channel:
+        helper.channel.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            helper.process.wait(HELPER_END_SECONDS)
+    helper.channel = None
+    helper.waiting.clear()
+
+
+def exchange(helper: Helper, questions: Set[bytes]) -> Dict[bytes, bytes]:
+    """Ask what is not asked already; the answers that come in time, late ones of earlier questions among them.
+    OSError where the helper is gone."""
+    answers, deadline, new = {}, time.monotonic() + HELPER_PATIENCE_SECONDS, questions - helper.waiting
+    try:
+        helper.channel.settimeout(HELPER_PATIENCE_SECONDS)
+        for question in sorted(new):
+            helper.channel.send(question)
+            helper.waiting.add(question)
+        while True:
+            helper.channel.settimeout(max(0.0, deadline - time.monotonic()) if new & helper.waiting else 0)
+            question, _, said = helper.channel.recv(HELPER_ANSWER_BYTES).partition(b'\0')
+            if not question:
+                raise ConnectionResetError(errno.ECONNRESET, 'the helper has ended')
+            helper.waiting.discard(question)
+            answers[question] = said
+    except (BlockingIOError, socket.timeout):
+        return answers
+
+
+def ask_helper(helper: Helper, what: bytes, paths: Iterable[str], cycle: Cycle) -> Dict[str, bytes]:
+    """By path what the helper says of it. What is missing waits: it is left alone until it has answered. A helper that
+    was killed is started again at once."""
+    questions = {what + os.fsencode(path): path for path in paths}
+    for _ in range(2 if questions else 0):
+        try:
+            if helper.channel is None:
+                start_helper(helper)
+            answers = exchange(helper, set(questions))
+            return {path: answers[question] for question, path in questions.items() if question in answers}
+        except OSError as error:
+            stop_helper(helper)
+            cycle.failed_file('helper', error)
+    return {}
 
 
 # --- processes
 
+# TASK_COMM_LEN of linux/sched.h, less the NUL.
+COMM_BYTES = 15
 PAGE_SIZE_BYTES = os.sysconf('SC_PAGE_SIZE')
 
 
 def parse_statm(data: bytes) -> int:
     """/proc/PID/statm: the resident set, in pages. One short line: `size resident shared text lib data dt`."""
-    try:
-        return int(data.split(None, 2)[1])
-    except (ValueError, IndexError):
-        raise ValueError(f'statm: malformed line: {data[:200]!r}') from None
+    return int(data.split(None, 2)[1])
 
 
 def largest_processes(resident_bytes: Mapping[int, int], n: int) -> List[Tuple[int, int]]:
     """The n largest (pid, bytes), largest first; kernel threads and zombies, which have no memory, never."""
-    rows = ((pid, size) for pid, size in resident_bytes.items() if size)
+    rows = ((pid, size) for pid, size in resident_bytes.items() if 0 < size < BEYOND)
     return heapq.nsmallest(n, rows, key=lambda row: (-row[1], row[0]))
 
 
-def collect_processes(node: wire.NodeMetrics, roots: Roots, top_n: int) -> None:
-    """All processes are counted, the largest named. statm is the cheapest file that has the resident set."""
-    pids = [int(name) for name in read_names(roots.procfs, '') if name.isdecimal()]
+def collect_processes(node: wire.NodeMetrics, state: NodeState, cycle: Cycle) -> None:
+    """All processes are counted, the largest named. statm is the cheapest file that has the resident set. comm is cut
+    at 15 bytes; the arguments, which have the whole name, may never be read, as where they are in a mapped file of a
+    server that is gone."""
+    pids = [int(name) for name in cycle.names('/proc/') if name.isdecimal()]
     if pids:
         node.procs = len(pids)
     resident_bytes = {}
     for pid in pids:
-        data = read_small(roots.procfs, f'{pid}/statm')
-        if data:
-            resident_bytes[pid] = parse_statm(data) * PAGE_SIZE_BYTES
-    for pid, size in largest_processes(resident_bytes, top_n):
-        name = read_text(roots.procfs, f'{pid}/comm')
-        if name is not None:
+        try:
+            # A sixth less than by cycle.read, which says what is wrong.
+            pages = parse_statm(read_small(f'{cycle.roots.procfs}/{pid}/statm'))
+        except (OSError, *MALFORMED):
+            pages = cycle.read(f'/proc/{pid}/statm', parse_statm, read_small) or 0
+        resident_bytes[pid] = pages * PAGE_SIZE_BYTES
+    rows = largest_processes(resident_bytes, state.top_n)
+    comms = {pid: cycle.read(f'/proc/{pid}/comm', None, read_bytes) for pid, _ in rows}
+    cut = {pid: cycle.path(f'/proc/{pid}/cmdline') for pid, comm in comms.items() if comm and len(comm) > COMM_BYTES}
+    arguments = ask_helper(state.helper, READ, cut.values(), cycle)
+    for pid, size in rows:
+        if comms[pid] is not None:
             # comm may hold any byte but NUL: only its last line feed is the file's.
-            node.processes_mem_info.add(pid=pid, name=name[:-1] if name.endswith('\n') else name, memory=size)
+            name = comms[pid][:-1] if comms[pid].endswith(b'\n') else comms[pid]
+            whole = os.path.basename(arguments.get(cut.get(pid), b'')[1:].partition(b'\0')[0])
+            name = whole if whole.startswith(name) else name
+            node.processes_mem_info.add(pid=pid, name=name.decode(errors='replace'), memory=size)
 
 
 # --- file systems
@@ -976,12 +1150,15 @@ PSEUDO_FILESYSTEMS = frozenset((
     'fusectl hugetlbfs iso9660 mqueue nfsd none nsfs overlay pipefs proc pstore ramfs rootfs rpc_pipefs securityfs '
     'selinuxfs smackfs sockfs squashfs sysfs tmpfs tracefs fuse.lxcfs fuse.gvfsd-fuse fuse.portal '
     'fuse.snapfuse').split())
-STATVFS_TIMEOUT_SECONDS = 1
+READ_ONLY_OPTIONS = {'ro', 'emergency_ro', 'shutdown'}
 
 
 class Mount(NamedTuple):
+    """A line of mountinfo; `root` is the directory of the file system that is seen at the mount point."""
     device_number: str
+    root: str
     mountpoint: str
+    read_only: bool
     fstype: str
     source: str
 
@@ -991,100 +1168,90 @@ def unescape(field: str) -> str:
     return re.sub(r'\\([0-3][0-7]{2})', lambda match: chr(int(match.group(1), 8)), field)
 
 
-def parse_mountinfo(text: str) -> List[Mount]:
-    """/proc/PID/mountinfo; between the options and the lone `-` is any number of optional fields.
+def parse_mountinfo(data: bytes) -> List[Mount]:
+    """/proc/PID/mountinfo; between the options and the lone `-` is any number of optional fields. An ext4 that has met
+    an error says so among the options of the file system, the last field (emergency_ro, since Linux 6.15; shutdown).
 
     27 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw
     """
     def parse_line(line: str) -> Mount:
         fields = line.split(' ')
         dash = fields.index('-', 6)
-        return Mount(fields[2], unescape(fields[4]), fields[dash + 1], unescape(fields[dash + 2]))
+        options = {*fields[5].split(','), *fields[dash + 3].split(',')}
+        return Mount(fields[2], unescape(fields[3]), unescape(fields[4]), bool(options & READ_ONLY_OPTIONS),
+                     fields[dash + 1], unescape(fields[dash + 2]))
 
-    # Not splitlines(): a form feed or a U+2028 in a mount point ends no line, and the kernel does not escape them.
-    return parse_lines('mountinfo', filter(None, text.split('\n')), parse_line)
+    # A mount point need not be UTF-8, and is a path.
+    return parse_lines(data.decode(errors='surrogateescape'), parse_line)
 
 
 def real_mounts(mounts: Iterable[Mount]) -> List[Mount]:
-    """One mount for each real file system, by its shortest mount point. On one mount point the last mount hides the
-    others. btrfs gives each subvolume a device number of its own: it is known by its block device."""
-    visible = {mount.mountpoint: mount for mount in mounts}.values()
-    shortest: Dict[str, Mount] = {}
-    for mount in visible:
-        key = mount.source if mount.fstype == 'btrfs' else mount.device_number
-        other = shortest.get(key)
-        if mount.fstype not in PSEUDO_FILESYSTEMS and (not other or len(mount.mountpoint) < len(other.mountpoint)):
-            shortest[key] = mount
-    return list(shortest.values())
+    """One mount for each real file system: the one that shows its own root, else the shortest mount point. On one mount
+    point the last mount hides the others. btrfs gives each subvolume a device number of its own: it is known by its
+    block device."""
+    last = {mount.mountpoint: mount for mount in mounts}.values()
+    visible = [mount for mount in last if mount.fstype not in PSEUDO_FILESYSTEMS]
+    by_rank = sorted(visible, key=lambda mount: (mount.root == '/', -len(mount.mountpoint)))
+    best = {mount.source if mount.fstype == 'btrfs' else mount.device_number: mount for mount in by_rank}
+    return [mount for mount in visible if mount in best.values()]
+
+
+def device_name(mount: Mount, cycle: Cycle) -> str:
+    """The source of the mount, /dev/root and what is in /dev/mapper as the kernel names it."""
+    if mount.source != '/dev/root' and not mount.source.startswith('/dev/mapper/'):
+        return mount.source
+    for link in (f'/sys/dev/block/{mount.device_number}', mount.source):
+        with contextlib.suppress(OSError):
+            return f'/dev/{os.path.basename(os.readlink(cycle.path(link)))}'
+    return mount.source
 
 
 def fill_disk_usage(message: wire.DiskUsage, space: os.statvfs_result) -> None:
     """f_bavail is what unprivileged users may still use, so that used / (used + free) is the Use% of df(1)."""
-    message.total = space.f_blocks * space.f_frsize
-    message.used = max(0, space.f_blocks - space.f_bfree) * space.f_frsize
-    message.free = space.f_bavail * space.f_frsize
-    message.read_only = bool(space.f_flag & os.ST_RDONLY)
-    if message.used + message.free:
-        message.used_percent = 100 * message.used / (message.used + message.free)
-    if space.f_files:
-        message.inodes, message.inodes_free = space.f_files, space.f_favail
+    used, free = max(0, space.f_blocks - space.f_bfree) * space.f_frsize, space.f_bavail * space.f_frsize
+    fill_known(message, total=space.f_blocks * space.f_frsize, used=used, free=free,
+               used_percent=100 * used / (used + free) if used + free > 0 else None,
+               inodes=space.f_files or None, inodes_free=space.f_favail if space.f_files else None)
 
 
-def ask_statvfs(root: str, mounts: Sequence[Mount], answers: Dict[str, Optional[os.statvfs_result]],
-                given_up: threading.Event) -> None:
-    """The asking thread: statvfs(2) of a file server that is gone does not return, and nothing can interrupt it."""
-    for mount in mounts:
-        if given_up.is_set():
-            return
-        try:
-            answers[mount.mountpoint] = os.statvfs(root.rstrip('/') + mount.mountpoint)
-        except OSError:
-            answers[mount.mountpoint] = None
-
-
-def collect_statvfs(root: str, mounts: Sequence[Mount], stuck: Dict[str, threading.Thread],
-                    ) -> Dict[str, Optional[os.statvfs_result]]:
-    """By mount point the answers that come within STATVFS_TIMEOUT_SECONDS, None for an error. A mount that does not
-    answer is left alone until its thread, which is in `stuck` by mount point, has come back. Local devices are asked
-    first."""
-    for mountpoint in [mountpoint for mountpoint, thread in stuck.items() if not thread.is_alive()]:
-        del stuck[mountpoint]
-    asked = sorted((mount for mount in mounts if mount.mountpoint not in stuck),
-                   key=lambda mount: not mount.source.startswith('/dev/'))
-    answers: Dict[str, Optional[os.statvfs_result]] = {}
-    given_up = threading.Event()
-    thread = threading.Thread(target=ask_statvfs, args=(root, asked, answers, given_up), name='statvfs', daemon=True)
-    thread.start()
-    thread.join(STATVFS_TIMEOUT_SECONDS)
-    if thread.is_alive():
-        given_up.set()
-        silent = next((mount.mountpoint for mount in asked if mount.mountpoint not in answers), None)
-        if silent:
-            stuck[silent] = thread
-    return dict(answers)
-
-
-def collect_disk_usages(node: wire.NodeMetrics, roots: Roots, stuck: Dict[str, threading.Thread]) -> None:
-    """The mounts of process 1 are the node's; those of the agent may be a container's or a unit's own."""
-    text = read_text(roots.procfs, '1/mountinfo') or read_text(roots.procfs, 'self/mountinfo') or ''
-    mounts = real_mounts(parse_mountinfo(text))
-    spaces = collect_statvfs(roots.rootfs, mounts, stuck)
-    for mount in mounts:
-        space = spaces.get(mount.mountpoint)
-        if space and space.f_blocks:
-            usage = node.disk_usages.add(device=mount.source, mountpoint=mount.mountpoint, fstype=mount.fstype)
+def collect_disk_usages(node: wire.NodeMetrics, state: NodeState, cycle: Cycle) -> None:
+    """The mounts of process 1 are the node's; those of the agent may be a container's or a unit's own. Its paths show
+    what is mounted there last: a mount that is hidden below another one is left out."""
+    everything = (cycle.read('/proc/1/mountinfo', parse_mountinfo, read_bytes)
+                  or cycle.read('/proc/self/mountinfo', parse_mountinfo, read_bytes) or [])
+    devices, ours = {mount.device_number for mount in everything}, cycle.roots == Roots('/proc', '/sys', '/')
+    paths = {cycle.roots.rootfs.rstrip('/') + mount.mountpoint: mount for mount in real_mounts(everything)}
+    answers = ask_helper(state.helper, STATVFS, paths, cycle)
+    for path, mount in paths.items():
+        said, stuck = answers.get(path, b''), STATVFS + os.fsencode(path) in state.helper.waiting
+        # The device number and statvfs(2), or the errno alone.
+        number, *numbers = map(int, said[1:].split() or [0])
+        space, error = (os.statvfs_result(numbers), None) if numbers else (None, number)
+        device = f'{os.major(number)}:{os.minor(number)}'
+        hidden = ours and space and mount.fstype != 'btrfs' and device != mount.device_number and device in devices
+        if hidden or error in ABSENT or not (said or stuck) or space and not space.f_blocks:
+            continue
+        device, mountpoint = (os.fsencode(name).decode(errors='replace')
+                              for name in (device_name(mount, cycle), mount.mountpoint))
+        usage = node.disk_usages.add(device=device, mountpoint=mountpoint, fstype=mount.fstype)
+        if space:
+            usage.read_only = mount.read_only
             fill_disk_usage(usage, space)
-    for mount in mounts:
-        if mount.mountpoint in stuck:
-            node.disk_usages.add(device=mount.source, mountpoint=mount.mountpoint, fstype=mount.fstype, stuck=True)
+            continue
+        reason = f'does not answer within {HELPER_PATIENCE_SECONDS} s: the mount is left alone until it does'
+        fill_known(usage, stuck=stuck or None, error=None if stuck else errno.errorcode.get(error, str(error)))
+        cycle.failed(f'mount {mountpoint}', f'statvfs {reason if stuck else os.strerror(error)}')
 
 
 # --- disk I/O
 
 # admin-guide/iostats.rst: "sectors" are always 512 bytes.
 SECTOR_BYTES = 512
-# Block devices whose I/O reaches another block device: in the sum it would count twice.
+# Block devices whose I/O reaches another block device, though they have no slaves in sysfs: in the sum it would count
+# twice.
 VIRTUAL_DISK = re.compile(r'(dm-|md|drbd|bcache|zd)[\d_]')
+# A path of an NVMe namespace with native multipath, nvme0c1n2 of nvme0n2.
+NVME_PATH = re.compile(r'(nvme\d+)c\d+(n\d+)')
 MEMORY_DISK = re.compile(r'(loop|ram|zram|sr|fd)\d')
 # The fields of the proto are the columns of the file. Linux before 4.18 has the first 11 after the name.
 DISK_COLUMNS = field_names(wire.DiskStats)[1:]
@@ -1094,29 +1261,46 @@ DISK_SUMS = (('total_read_bytes', 'read_sectors', SECTOR_BYTES), ('total_write_b
              ('total_read_ops', 'read_ios', 1), ('total_write_ops', 'write_ios', 1))
 
 
-def parse_diskstats(text: str) -> Dict[str, Dict[str, int]]:
+def parse_diskstats(text: str) -> Dict[str, Counts]:
     """/proc/diskstats by device: 14 columns, 18 since Linux 4.18, 20 since 5.5.
 
     254       0 vda 30704 9268 1839362 7362 6409 11563 789624 3402 0 4712 11026 3512 47 76304 219 961 41
     """
-    def parse_line(line: str) -> Tuple[str, Dict[str, int]]:
-        name, *columns = line.split()[2:]
+    def parse_line(line: str) -> Tuple[str, Counts]:
+        _, _, name, rest = line.split(None, 3)
+        columns = parse_numbers(rest)
         if len(columns) < OLDEST_DISK_COLUMNS:
             raise ValueError
-        return name, dict(zip(DISK_COLUMNS, map(int, columns)))
+        return name, dict(zip(DISK_COLUMNS, columns))
 
-    return dict(parse_lines('diskstats', text.splitlines(), parse_line))
+    return parse_lines(text, parse_line, dict)
 
 
-def collect_disk_io(node: wire.NodeMetrics, roots: Roots) -> None:
+def counted_twice(disks: Mapping[str, Counts], cycle: Cycle) -> Set[str]:
+    """The disks that have others below them. Of an NVMe namespace with several paths the paths, which are hidden,
+    count, and since Linux 6.4 the namespace as well."""
+    stacked = {name for name in disks if VIRTUAL_DISK.match(name)
+               or cycle.names(f'/sys/block/{name.replace("/", "!")}/slaves')}
+    for name in disks:
+        head = NVME_PATH.sub(r'\1\2', name)
+        if head != name and cycle.read_int(f'/sys/block/{name}/hidden'):
+            stacked.add(name if any(disks.get(head, {}).values()) else head)
+    return stacked
+
+
+def collect_disk_io(node: wire.NodeMetrics, state: NodeState, cycle: Cycle) -> None:
     """Whole disks are those that /sys/block lists: partitions are below them there. Memory and loops are no disks."""
-    disks = parse_diskstats(read_text(roots.procfs, 'diskstats') or '')
-    whole = {name.replace('!', '/') for name in read_names(roots.sysfs, 'block') if not MEMORY_DISK.match(name)}
-    for name in filter(whole.__contains__, disks):
-        fill(node.diskstats.add(), {'device': name, **disks[name]})
-    physical = [disk for disk in node.diskstats if not VIRTUAL_DISK.match(disk.device)]
+    disks = cycle.read('/proc/diskstats', parse_diskstats) or {}
+    whole = {name.replace('!', '/') for name in cycle.names('/sys/block') if not MEMORY_DISK.match(name)}
+    disks = {name: columns for name, columns in disks.items() if name in whole}
+    for name, columns in disks.items():
+        message = node.diskstats.add()
+        fill(message, columns)
+        message.device = name
+    stacked = counted_twice(disks, cycle)
+    physical = [columns for name, columns in disks.items() if name not in stacked]
     for field, column, factor in DISK_SUMS if physical else ():
-        setattr(node.disk_io_summary, field, factor * sum(getattr(disk, column) for disk in physical))
+        put(node.disk_io_summary, field, factor * sum(columns[column] for columns in physical))
 
 
 # --- network
@@ -1133,6 +1317,10 @@ NET_USAGE = {'bytes_sent': 'tx_bytes', 'bytes_received': 'rx_bytes', 'packets_se
              'drop_out': 'tx_drop', 'fifo_err_in': 'rx_fifo', 'fifo_err_out': 'tx_fifo'}
 
 
+# ethtool.h: speeds that mean "not known"; virtual links may say -1.
+UNKNOWN_SPEEDS = (0, 2**16 - 1, 2**32 - 1)
+
+
 class Link:
     """What seldom changes of the node's end of a pod's interface, the packets counted by then, and when to read it
     again."""
@@ -1142,80 +1330,78 @@ class Link:
     due = 0.0
 
 
-def same_network(procfs: str, pid: str, other_procfs: str, other_pid: str) -> bool:
-    """Whether two processes are in one network namespace. Reading ns/net takes the right to trace them; without it the
-    inode of net/dev tells, which each namespace has for itself."""
+def same_network(process: str, other: str) -> Optional[bool]:
+    """Whether two processes are in one network namespace; None where that cannot be told. Reading ns/net takes the
+    right to trace them; without it the inode of net/dev tells, which each namespace has for itself."""
     try:
-        return os.readlink(f'{procfs}/{pid}/ns/net') == os.readlink(f'{other_procfs}/{other_pid}/ns/net')
+        return os.readlink(f'{process}/ns/net') == os.readlink(f'{other}/ns/net')
     except OSError:
         pass
     try:
-        return os.path.samestat(os.stat(f'{procfs}/{pid}/net/dev'), os.stat(f'{other_procfs}/{other_pid}/net/dev'))
+        return os.path.samestat(os.stat(f'{process}/net/dev'), os.stat(f'{other}/net/dev'))
     except OSError:
-        return False
+        return None
 
 
-def read_net(roots: Roots, name: str) -> str:
-    """/proc/net is the reader's network namespace; in another procfs, the node's is that of process 1. Empty where the
-    file is absent."""
-    text = read_text(roots.procfs, f'1/net/{name}') if roots.procfs != '/proc' else None
-    return (text if text is not None else read_text(roots.procfs, f'net/{name}')) or ''
+def net_path(file: str, cycle: Cycle) -> str:
+    """/proc/net is the reader's network namespace; in another procfs, the node's is that of process 1."""
+    path = f'/proc/1/net/{file}'
+    return path if cycle.roots.procfs != '/proc' and os.path.lexists(cycle.path(path)) else f'/proc/net/{file}'
 
 
-def parse_net_dev(text: str) -> Dict[str, Dict[str, int]]:
-    """/proc/net/dev by interface; the two lines of headings have no colon, old kernels no space after it.
+def parse_net_dev(text: str) -> Dict[str, Counts]:
+    """/proc/net/dev by interface, below two lines of headings; old kernels have no space after the colon.
 
     eth0: 1111 12 0 0 0 0 0 0 2222 22 0 0 0 0 0 0
     """
-    def parse_line(line: str) -> Tuple[str, Dict[str, int]]:
+    def parse_line(line: str) -> Tuple[str, Counts]:
         name, columns = line.split(':', 1)
-        numbers = list(map(int, columns.split()))
+        numbers = parse_numbers(columns)
         if len(numbers) < len(NET_DEV_COLUMNS):
             raise ValueError
-        return name.strip(), dict(zip(NET_DEV_COLUMNS, numbers))
+        # A name may have what Python calls white space and the kernel does not.
+        return name.strip(' '), dict(zip(NET_DEV_COLUMNS, numbers))
 
-    return dict(parse_lines('net/dev', (line for line in text.splitlines() if ':' in line), parse_line))
+    return parse_lines(text.split('\n', 2)[-1] if text.startswith('Inter-|') else text, parse_line, dict)
 
 
-def collect_link(interface: wire.InterfaceStat, roots: Roots) -> None:
+def collect_link(interface: wire.InterfaceStat, cycle: Cycle) -> None:
     """What seldom changes. lo and tunnels have a hardware address of zeros, which is none."""
-    directory = f'class/net/{interface.name}'
-    address, flags = read_line(roots.sysfs, f'{directory}/address'), read_int(roots.sysfs, f'{directory}/flags') or 0
-    fill_known(interface, index=read_int(roots.sysfs, f'{directory}/ifindex'),
-               mtu=read_int(roots.sysfs, f'{directory}/mtu'),
-               hardwareAddr=address if address and address.strip('0:') else None)
-    interface.flags.extend(name for name, bit in INTERFACE_FLAGS if flags & bit)
+    directory = f'/sys/class/net/{interface.name}'
+    address = cycle.read_line(f'{directory}/address')
+    index, mtu, flags = (cycle.read_int(f'{directory}/{file}') for file in ('ifindex', 'mtu', 'flags'))
+    fill_known(interface, index=index, mtu=mtu, hardwareAddr=address if address and address.strip('0:') else None)
+    interface.flags.extend(name for name, bit in INTERFACE_FLAGS if (flags or 0) & bit)
 
 
-def collect_pod_side(roots: Roots, name: str, packets: int, link: Link, cycle: Cycle) -> wire.InterfaceStat:
+def collect_pod_side(name: str, packets: int, link: Link, cycle: Cycle) -> wire.InterfaceStat:
     """The node's end of a pod's interface, of which there may be hundreds: read once a minute, and when it counts anew,
     because then it is another pod's."""
     if cycle.now >= link.due or packets < link.packets:
-        link.message = wire.InterfaceStat(name=name)
-        collect_link(link.message, roots)
-        link.due = cycle.due_again(first=not link.due)
+        link.message, failed_before = wire.InterfaceStat(name=name), cycle.failed_reads
+        collect_link(link.message, cycle)
+        link.due = cycle.due_again(first=not link.due) if cycle.failed_reads == failed_before else 0.0
     link.packets = packets
     return link.message
 
 
-def collect_network(node: wire.NodeMetrics, roots: Roots, links: Dict[str, Link], cycle: Cycle) -> None:
+def collect_network(node: wire.NodeMetrics, state: NodeState, cycle: Cycle) -> None:
     """Of a link that is down carrier and speed are EINVAL; virtual ones may say -1."""
-    counters = parse_net_dev(read_net(roots, 'dev'))
-    for name in links.keys() - counters.keys():
-        del links[name]
+    counters = cycle.read(net_path('dev', cycle), parse_net_dev) or {}
+    for name in state.links.keys() - counters.keys():
+        del state.links[name]
     for name, columns in counters.items():
         interface = node.network_interfaces.add()
         if POD_SIDE_INTERFACE.match(name):
-            link, packets = links.setdefault(name, Link()), columns['rx_packets'] + columns['tx_packets']
-            interface.CopyFrom(collect_pod_side(roots, name, packets, link, cycle))
+            link, packets = state.links.setdefault(name, Link()), columns['rx_packets'] + columns['tx_packets']
+            interface.CopyFrom(collect_pod_side(name, packets, link, cycle))
             continue
         interface.name = name
-        collect_link(interface, roots)
-        directory = f'class/net/{name}'
-        carrier, speed = read_int(roots.sysfs, f'{directory}/carrier'), read_int(roots.sysfs, f'{directory}/speed')
-        fill_known(interface, operstate=read_line(roots.sysfs, f'{directory}/operstate'),
+        collect_link(interface, cycle)
+        carrier, speed = (cycle.read_int(f'/sys/class/net/{name}/{file}') for file in ('carrier', 'speed'))
+        fill_known(interface, operstate=cycle.read_line(f'/sys/class/net/{name}/operstate'),
                    carrier=None if carrier is None else bool(carrier),
-                   speed_mbits=speed if speed and speed > 0 else None)
+                   speed_mbits=None if speed in UNKNOWN_SPEEDS else speed)
         fill(interface.counters, columns)
     if counters:
         fill(node.net_usage, {f'total_{field}': sum(columns[column] for columns in counters.values())
@@ -1237,6 +1423,8 @@ RTATTR = struct.Struct('=HH')         # length, type
 NETLINK_TIMEOUT_SECONDS = 1
 # uapi/linux/route.h
 RTF_UP, RTF_REJECT = 0x1, 0x200
+# RFC 5737, for documentation: what is sent there takes the default route. RFC 863.
+FAR_AWAY, DISCARD_PORT = '192.0.2.1', 9
 
 
 class Address(NamedTuple):
@@ -1266,10 +1454,10 @@ def netlink_parts(data: bytes, header: struct.Struct) -> Iterable[Tuple[int, byt
         offset += (length + 3) // 4 * 4
 
 
-def read_addresses(roots: Roots) -> bytes:
+def read_addresses(procfs: str) -> bytes:
     """The kernel's dump of all interface addresses: they are in no file. Empty for the tree of another machine, whose
     network the agent's own sockets do not see."""
-    if roots.procfs != '/proc' and not same_network(roots.procfs, '1', '/proc', 'self'):
+    if procfs != '/proc' and not same_network(f'{procfs}/1', '/proc/self'):
         return b''
     header = NLMSGHDR.pack(NLMSGHDR.size + IFADDRMSG.size, RTM_GETADDR, NLM_F_REQUEST | NLM_F_DUMP, 1, 0)
     socket_type = socket.SOCK_RAW | socket.SOCK_CLOEXEC
@@ -1305,44 +1493,55 @@ def is_default(destination: str, mask: str, flags: str) -> bool:
 
 
 def parse_route(text: str) -> List[Route]:
-    """/proc/net/route, IPv4: `Iface Destination Gateway Flags RefCnt Use Metric Mask ...`, hex but for the metric."""
+    """/proc/net/route, IPv4, below a heading: `Iface Destination Gateway Flags RefCnt Use Metric Mask ...`, hex but for
+    the metric."""
     def parse_line(line: str) -> Route:
-        interface, destination, _, flags, _, _, metric, mask = line.split()[:8]
-        return Route(interface, int(metric), is_default(destination, mask, flags))
+        interface, destination, _, flags, _, _, metric, mask = line.split('\t')[:8]
+        return Route(interface, parse_number(metric), is_default(destination, mask, flags))
 
-    return parse_lines('net/route', text.splitlines()[1:], parse_line)
+    return parse_lines(text.partition('\n')[2], parse_line)
 
 
 def parse_ipv6_route(text: str) -> List[Route]:
     """/proc/net/ipv6_route: `destination/prefix source/prefix next-hop metric refcount use flags interface`, hex."""
     def parse_line(line: str) -> Route:
-        destination, prefix, _, _, _, metric, _, _, flags, interface = line.split()
+        destination, prefix, _, _, _, metric, _, _, flags, interface = filter(None, line.split(' '))
         return Route(interface, int(metric, 16), is_default(destination, prefix, flags))
 
-    return parse_lines('net/ipv6_route', text.splitlines(), parse_line)
+    return parse_lines(text, parse_line)
 
 
-def primary_address(addresses: Iterable[Address], routes: Iterable[Route], indexes: Mapping[str, int],
-                    family: int) -> Optional[str]:
-    """The first address of global scope on the interface of the default route with the lowest metric."""
+def preferred_source(address: str) -> str:
+    """The address from which the kernel would send there, IPv4: a route may name one (src). Nothing is sent."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as probe:
+        probe.connect((address, DISCARD_PORT))
+        return probe.getsockname()[0]
+    return ''
+
+
+def primary_address(addresses: Iterable[Address], routes: Iterable[Route], indexes: Counts,
+                    family: int, preferred: str = '') -> Optional[str]:
+    """The preferred address, else the first one, of global scope on the interface of the default route with the lowest
+    metric."""
     default = min((route for route in routes if route.is_default), key=lambda route: route.metric, default=None)
     wanted = (indexes.get(default.interface) if default else None, family, RT_SCOPE_UNIVERSE)
-    return next((address.address for address in addresses
-                 if (address.index, address.family, address.scope) == wanted), None)
+    found = [address.address for address in addresses if (address.index, address.family, address.scope) == wanted]
+    return preferred if preferred in found else found[0] if found else None
 
 
-def collect_addresses(node: wire.NodeMetrics, roots: Roots) -> None:
+def collect_addresses(node: wire.NodeMetrics, state: NodeState, cycle: Cycle) -> None:
     """The addresses of the interfaces that the message has already."""
-    addresses = parse_addresses(read_addresses(roots))
+    addresses = parse_addresses(read_addresses(cycle.roots.procfs))
     interfaces = {interface.index: interface for interface in node.network_interfaces if interface.HasField('index')}
     for address in addresses:
         if address.index in interfaces:
             interfaces[address.index].addrs.append(f'{address.address}/{address.prefix_length}')
     indexes = {interface.name: index for index, interface in interfaces.items()}
-    for family, field, routes in (
-            (socket.AF_INET, node.primary_ipv4, parse_route(read_net(roots, 'route'))),
-            (socket.AF_INET6, node.primary_ipv6, parse_ipv6_route(read_net(roots, 'ipv6_route')))):
-        address = primary_address(addresses, routes, indexes, family)
+    for family, field, file, parse in ((socket.AF_INET, node.primary_ipv4, 'route', parse_route),
+                                       (socket.AF_INET6, node.primary_ipv6, 'ipv6_route', parse_ipv6_route)):
+        routes = cycle.read(net_path(file, cycle), parse) or []
+        preferred = preferred_source(FAR_AWAY) if addresses and family == socket.AF_INET else ''
+        address = primary_address(addresses, routes, indexes, family, preferred)
         if address:
             field.value = address
 
@@ -1354,62 +1553,67 @@ NETSTAT = re.compile(r'TcpExt_(Listen\w+|Syncookies\w+|TCPSynRetrans|TCPTimeouts
                      r'|IpExt_(In|Out)Octets')
 
 
-def parse_snmp(file: str, text: str) -> Dict[str, int]:
+def parse_snmp(text: str) -> Counts:
     """/proc/net/snmp and netstat: for each protocol a line of names and one of numbers; `Tcp: RetransSegs` as
     Tcp_RetransSegs. -1 means that there is no limit (Tcp_MaxConn), and is left out.
 
     Udp: InDatagrams NoPorts InErrors
     Udp: 12 3 0
     """
-    lines, values = text.splitlines(), {}
+    headings: Dict[str, List[str]] = {}
+    values: Counts = {}
 
-    def parse_pair(pair: Tuple[str, str]) -> None:
-        (protocol, *names), (same, *numbers) = pair[0].split(), pair[1].split()
-        if protocol != same or len(names) != len(numbers):
+    def parse_line(line: str) -> None:
+        protocol, *words = line.split()
+        names = headings.pop(protocol, None)
+        if names is None:
+            headings[protocol] = words
+        elif len(names) != len(words):
             raise ValueError
-        values.update((f'{protocol[:-1]}_{name}', int(number))
-                      for name, number in zip(names, numbers) if number != '-1')
+        else:
+            values.update({f'{protocol[:-1]}_{name}': parse_number(number)
+                           for name, number in zip(names, words) if number != '-1'})
 
-    parse_lines(file, zip(lines[::2], lines[1::2]), parse_pair)
-    return values
-
-
-def parse_snmp6(text: str) -> Dict[str, int]:
-    """/proc/net/snmp6, `Udp6InDatagrams 12` as Udp6_InDatagrams."""
-    return {name.replace('6', '6_', 1): number for name, number in parse_flat_keyed('snmp6', text).items()}
+    return parse_lines(text, parse_line, lambda rows: values)
 
 
-def parse_sockstat(file: str, text: str) -> Dict[str, int]:
+def parse_sockstat(text: str) -> Counts:
     """/proc/net/sockstat and sockstat6, `TCP: inuse 3 mem 4` as TCP_inuse and TCP_mem, and TCP_mem_bytes: mem is in
     pages."""
-    values: Dict[str, int] = {}
+    values: Counts = {}
 
     def parse_line(line: str) -> None:
         protocol, *pairs = line.split()
-        values.update((f'{protocol[:-1]}_{name}', int(number)) for name, number in zip(pairs[::2], pairs[1::2]))
+        numbers = {f'{protocol[:-1]}_{name}': parse_number(number) for name, number in zip(pairs[::2], pairs[1::2])}
+        pages = numbers.get(f'{protocol[:-1]}_mem')
+        values.update(numbers if pages is None else {**numbers, f'{protocol[:-1]}_mem_bytes': pages * PAGE_SIZE_BYTES})
 
-    parse_lines(file, text.splitlines(), parse_line)
-    sizes = {f'{name}_bytes': pages * PAGE_SIZE_BYTES for name, pages in values.items() if name.endswith('_mem')}
-    return {**values, **sizes}
+    return parse_lines(text, parse_line, lambda rows: values)
 
 
-def parse_softnet_stat(text: str) -> Dict[str, int]:
+def parse_softnet_stat(text: str) -> Counts:
     """/proc/net/softnet_stat: a line per CPU, hexadecimal; the sums of its first columns."""
     names = field_names(wire.SoftnetStat)
-    rows = parse_lines('softnet_stat', text.splitlines(), lambda line: [int(word, 16) for word in line.split()])
+    rows = [[int(word, 16) for word in line.split()] for line in text.split('\n') if line.strip()]
     if any(len(row) < len(names) for row in rows):
-        raise ValueError(f'softnet_stat: malformed line of fewer than {len(names)} columns')
+        raise ValueError(f'malformed line of fewer than {len(names)} columns')
     return dict(zip(names, map(sum, zip(*rows))))
 
 
-def collect_protocols(node: wire.NodeMetrics, roots: Roots) -> None:
-    node.snmp.update(parse_snmp('snmp', read_net(roots, 'snmp')))
-    node.snmp6.update(parse_snmp6(read_net(roots, 'snmp6')))
-    netstat = parse_snmp('netstat', read_net(roots, 'netstat'))
-    node.netstat.update({name: value for name, value in netstat.items() if NETSTAT.fullmatch(name)})
-    for file in ('sockstat', 'sockstat6'):
-        getattr(node, file).update(parse_sockstat(file, read_net(roots, file)))
-    fill_known(node.softnet_stat, **parse_softnet_stat(read_net(roots, 'softnet_stat')))
+# By the map of NodeMetrics that has the name of the file, what parses it.
+PROTOCOL_FILES = {'snmp': parse_snmp, 'snmp6': parse_flat_keyed, 'netstat': parse_snmp, 'sockstat': parse_sockstat,
+                  'sockstat6': parse_sockstat}
+
+
+def collect_protocols(node: wire.NodeMetrics, state: NodeState, cycle: Cycle) -> None:
+    for file, parse in PROTOCOL_FILES.items():
+        values = cycle.read(net_path(file, cycle), parse) or {}
+        if file == 'snmp6':
+            # Udp6InDatagrams as Udp6_InDatagrams.
+            values = {name.replace('6', '6_', 1): value for name, value in values.items()}
+        fill_map(getattr(node, file), {name: value for name, value in values.items()
+                                       if file != 'netstat' or NETSTAT.fullmatch(name)})
+    fill_known(node.softnet_stat, **cycle.read(net_path('softnet_stat', cycle), parse_softnet_stat) or {})
 
 
 # --- clock
@@ -1442,22 +1646,38 @@ def parse_timex(timex: bytes) -> Dict[str, float]:
             'max_error_seconds': max_error_usec / 1e6}
 
 
-def collect_clock(node: wire.NodeMetrics, roots: Roots) -> None:
+def collect_clock(node: wire.NodeMetrics, state: NodeState, cycle: Cycle) -> None:
     """All containers of a machine have its clock; another machine's tree has none."""
-    timex = read_timex() if reads_this_machine(roots) else None
+    timex = read_timex() if cycle.reads_this_machine() else None
     if timex:
-        fill(node.clock, parse_timex(timex))
+        values = parse_timex(timex)
+        fill(node.clock, values)
+        # The only number of the kernel's that may be below 0.
+        node.clock.offset_seconds = values['offset_seconds']
 
 
 # --- operating system
 
-# A family, and the IDs of os-release (or a word of ID_LIKE) that belong to it; a distribution not listed is its own.
+# The names of platforms and families are those of gopsutil, which the Go agent uses. A family, and its platforms; one
+# not listed has none.
 PLATFORM_FAMILIES = {
     'debian': 'debian ubuntu raspbian linuxmint',
-    'rhel': 'rhel centos rocky almalinux ol amzn',
-    'suse': 'suse opensuse opensuse-leap opensuse-tumbleweed sles sle-micro',
-    'fedora': 'fedora', 'arch': 'arch', 'alpine': 'alpine', 'gentoo': 'gentoo', 'coreos': 'flatcar',
+    'rhel': 'redhat oracle centos amazon rocky almalinux scientific cloudlinux',
+    'suse': 'suse opensuse opensuse-leap opensuse-tumbleweed sles sled',
+    'fedora': 'fedora', 'arch': 'arch', 'alpine': 'alpine', 'gentoo': 'gentoo', 'coreos': 'coreos',
 }
+# By file below /etc the platform, the first word of the file where there is none here: the first that has content tells
+# it, before os-release does.
+RELEASE_FILES = {'oracle-release': 'oracle', 'debian_version': 'debian', 'redhat-release': None, 'system-release': None,
+                 'gentoo-release': 'gentoo', 'alpine-release': 'alpine'}
+# Distributions that have Debian's debian_version: DISTRIB_ID of lsb-release.
+DEBIAN_DERIVED = {'Ubuntu': 'ubuntu', 'LinuxMint': 'linuxmint'}
+# `Amazon Linux release 2023.6.20241031 (Amazon Linux)`
+RELEASE_VERSION = re.compile(r'release (\w[\d.]*)', re.ASCII)
+HOST_IDS = ('/sys/class/dmi/id/product_uuid', '/etc/machine-id', BOOT_ID)
+UUID = re.compile(r'([0-9a-f]{8})-?([0-9a-f]{4})-?([0-9a-f]{4})-?([0-9a-f]{4})-?([0-9a-f]{12})')
+# So many of the 31 steps from digit to digit of a placeholder are 0 or 1; of a random UUID four are.
+PLACEHOLDER_STEPS = 24
 
 
 def parse_os_release(text: str) -> Dict[str, str]:
@@ -1466,7 +1686,7 @@ def parse_os_release(text: str) -> Dict[str, str]:
     PRETTY_NAME="Debian GNU/Linux 12 (bookworm)"
     """
     values = {}
-    for line in map(str.strip, text.splitlines()):
+    for line in map(str.strip, text.split('\n')):
         key, equals, value = line.partition('=')
         if equals and not line.startswith('#'):
             quoted = value[:1] in ('"', "'") and value[-1:] == value[:1]
@@ -1476,37 +1696,64 @@ def parse_os_release(text: str) -> Dict[str, str]:
 
 def parse_uptime(text: str) -> int:
     """/proc/uptime: seconds since boot, and the idle seconds of all CPUs: `350735.47 234388.90`."""
-    return parse_lines('uptime', [text], lambda line: int(float(line.split()[0])))[0]
+    return int(parse_number(text.split()[0], float))
 
 
-def platform(release: Mapping[str, str], debian_version: Optional[str]) -> Dict[str, Optional[str]]:
-    """The fields platform*. VERSION_ID of Debian has no point release, /etc/debian_version has ("12.11"; on testing
-    "trixie/sid")."""
-    names = [release.get('ID', '')] + release.get('ID_LIKE', '').split()
-    families = (family for name in names for family, members in PLATFORM_FAMILIES.items() if name in members.split())
-    has_point = release.get('ID') == 'debian' and debian_version and debian_version[0].isdigit()
-    return {'platform': release.get('ID'), 'platform_family': next(families, names[0] or None),
-            'platform_version': debian_version if has_point else release.get('VERSION_ID')}
+def is_placeholder(digits: str) -> bool:
+    """Whether 32 hexadecimal digits are what a board's maker left instead of a UUID: one digit, a sequence, or bytes
+    that count (03000200-0400-0500-0006-000700080009)."""
+    numbers = [int(digit, 16) for digit in digits]
+    steps = sum((after - before) % 16 in (0, 1) for before, after in zip(numbers, numbers[1:]))
+    return steps >= PLACEHOLDER_STEPS or not any(numbers[::2])
 
 
-def collect_system(node: wire.NodeMetrics, roots: Roots) -> None:
-    """The host id stays when the host is renamed: the machine's, else the installation's, else at least this boot's.
-    /proc/sys/kernel/arch came with Linux 6.1; before, uname(2) tells, unless the tree is another machine's."""
-    release = parse_os_release(read_text(roots.rootfs, 'etc/os-release')
-                               or read_text(roots.rootfs, 'usr/lib/os-release') or '')
-    uptime, arch = read_line(roots.procfs, 'uptime'), read_line(roots.procfs, 'sys/kernel/arch')
-    machine_id = read_line(roots.rootfs, 'etc/machine-id')
-    host_id = (read_line(roots.sysfs, 'class/dmi/id/product_uuid')
-               or (machine_id if machine_id != 'uninitialized' else None)
-               or read_line(roots.procfs, 'sys/kernel/random/boot_id'))
-    fill_known(
-        node, os='linux',
-        hostname=read_line(roots.procfs, 'sys/kernel/hostname'),
-        uptime=parse_uptime(uptime) if uptime else None,
-        kernel_version=read_line(roots.procfs, 'sys/kernel/osrelease'),
-        kernel_arch=arch or (os.uname().machine if reads_this_machine(roots) else None),
-        host_id=host_id and host_id.lower(),
-        **platform(release, read_line(roots.rootfs, 'etc/debian_version')))
+def parse_uuid(text: str) -> Optional[str]:
+    """A UUID as 8-4-4-4-12, from product_uuid, machine-id (which has no dashes) or boot_id; None for a placeholder, and
+    for a word (`Not Settable`, `uninitialized`)."""
+    match = UUID.fullmatch(text.lower())
+    return '-'.join(match.groups()) if match and not is_placeholder(''.join(match.groups())) else None
+
+
+def platform(files: Mapping[str, str], release: Mapping[str, str], lsb: Mapping[str, str]) -> Tuple[str, str]:
+    """Platform and version, from the contents of RELEASE_FILES, from os-release and lsb-release."""
+    name = next(filter(files.get, RELEASE_FILES), None)
+    if name == 'debian_version' and lsb.get('DISTRIB_ID') in DEBIAN_DERIVED:
+        return DEBIAN_DERIVED[lsb['DISTRIB_ID']], lsb.get('DISTRIB_RELEASE', '')
+    if name is None:
+        return release.get('ID', '').replace('amzn', 'amazon'), release.get('VERSION_ID', '')
+    words = files[name].lower()
+    version = RELEASE_VERSION.search(words)
+    first = 'redhat' if 'red hat' in words else words.split(' ')[0]
+    return RELEASE_FILES[name] or first, version.group(1) if version else files[name]
+
+
+def collect_identity(identity: wire.NodeMetrics, cycle: Cycle) -> None:
+    """What does not change while the agent lives: read until it is known. The host id stays when the host is renamed:
+    the machine's, else the installation's, else at least this boot's. /proc/sys/kernel/arch came with Linux 6.1;
+    before, uname(2) tells, unless the tree is another machine's."""
+    if not identity.platform:
+        files = {name: cycle.read_line(f'/etc/{name}') for name in RELEASE_FILES}
+        release, lsb = (cycle.read(path, parse_os_release) or {} for path in ('/etc/os-release', '/etc/lsb-release'))
+        release = release or cycle.read('/usr/lib/os-release', parse_os_release) or {}
+        name, version = platform(files, release, lsb)
+        family = next((family for family, names in PLATFORM_FAMILIES.items() if name in names.split()), '')
+        fill_known(identity, **{field: text for field, text in (
+            ('platform', name), ('platform_family', family), ('platform_version', version)) if text})
+    if not identity.host_id:
+        ids = (cycle.read_line(path, parse_uuid) for path in HOST_IDS)
+        fill_known(identity, host_id=next(filter(None, ids), None))
+    if not identity.kernel_version:
+        fill_known(identity, kernel_version=cycle.read_line('/proc/sys/kernel/osrelease'))
+    if not identity.kernel_arch:
+        fill_known(identity, kernel_arch=cycle.read_line('/proc/sys/kernel/arch')
+                   or (os.uname().machine if cycle.reads_this_machine() else None))
+    fill_known(identity, os='linux', hostname=cycle.read_line('/proc/sys/kernel/hostname'))
+
+
+def collect_system(node: wire.NodeMetrics, state: NodeState, cycle: Cycle) -> None:
+    collect_identity(state.identity, cycle)
+    node.MergeFrom(state.identity)
+    fill_known(node, uptime=cycle.read_line('/proc/uptime', parse_uptime))
 
 
 # --- cgroup files
@@ -1514,8 +1761,10 @@ def collect_system(node: wire.NodeMetrics, roots: Roots) -> None:
 # cgroup v1 says "no limit" with the largest multiple of a page below 2**63.
 V1_NO_LIMIT_BYTES = 2**63 - 65536
 # When a file is read. MARKER: in each cycle. While no marker changes, no process of the group has run, waited or done
-# I/O, and nobody has taken memory from it. USUAL: when a marker has changed. SELDOM: once in SELDOM_SECONDS.
-MARKER, USUAL, SELDOM = range(3)
+# I/O, and nobody has taken memory from it. USUAL: when a marker has changed. LIMIT: once in LIMIT_SECONDS. SELDOM: once
+# in SELDOM_SECONDS, and when a limit has changed.
+MARKER, USUAL, LIMIT, SELDOM = range(4)
+LIMIT_SECONDS = 15
 
 
 class CgroupTree(NamedTuple):
@@ -1538,16 +1787,16 @@ class GroupFile(NamedTuple):
     """A file of a group: its name, on v1 with its controller before it; what parses its name and text; when it is
     read."""
     name: str
-    parse: Callable[[str, str], Any]
+    parse: Callable[[str], Any]
     when: int
 
 
 class Group:
-    """A cgroup that is read in each cycle: its open files, when its SELDOM files are due and when it was read
-    (monotonic clock), whether it had changed then, and on v1 what was in its files. Of what each file said it keeps a
-    hash: the texts of 440 groups take 1.2 MB."""
+    """A cgroup that is read in each cycle: its open files, when its LIMIT files and all its files are due and when it
+    was read (monotonic clock), whether it had changed then, and on v1 what was in its files. Of what each file said it
+    keeps a hash: the texts of 440 groups take 1.2 MB."""
 
-    due = 0.0
+    limits_due = due = 0.0
     clock_ns = 0
     changed = False
 
@@ -1558,94 +1807,105 @@ class Group:
         self.v1_files: Dict[str, Any] = {}
 
 
-def read_cgroup_tree(roots: Roots) -> Optional[CgroupTree]:
+def read_cgroup_tree(sysfs: str) -> Optional[CgroupTree]:
     """v2 has cgroup.controllers at its root. A hybrid system has it elsewhere, and the controllers are those of v1."""
-    if read_text(roots.sysfs, 'fs/cgroup/cgroup.controllers') is not None:
-        return CgroupTree(2, {'': 'fs/cgroup'})
-    names = sorted(read_names(roots.sysfs, 'fs/cgroup'), key=len, reverse=True)
-    directories = {controller: f'fs/cgroup/{name}' for name in names for controller in name.split(',')}
+    root = f'{sysfs}/fs/cgroup'
+    if os.path.lexists(f'{root}/cgroup.controllers'):
+        return CgroupTree(2, {'': root})
+    names = sorted(os.listdir(root) if os.path.isdir(root) else (), key=len, reverse=True)
+    directories = {controller: f'{root}/{name}' for name in names for controller in name.split(',')}
     return CgroupTree(1, directories) if 'memory' in directories else None
 
 
-def parse_number(file: str, text: str) -> Optional[int]:
+def parse_single(text: str) -> Optional[int]:
     """A file of one number; `max`, v2's word for no limit, is None."""
-    try:
-        return None if text == 'max\n' else int(text)
-    except ValueError:
-        raise ValueError(f'{file}: malformed line: {text[:200]!r}') from None
+    return None if text == 'max\n' else parse_number(text)
 
 
-def parse_cpu_max(file: str, text: str) -> Optional[Dict[str, int]]:
+def parse_cpu_max(text: str) -> Optional[Counts]:
     """cpu.max: quota and period in µs: `10000 100000`; None for `max 100000`, which is no limit."""
-    def parse_line(line: str) -> Optional[Dict[str, int]]:
-        quota, period = line.split()
-        return None if quota == 'max' else {'quota_usec': int(quota), 'period_usec': int(period)}
-
-    return parse_lines(file, [text], parse_line)[0]
+    quota, period = text.split()
+    return None if quota == 'max' else {'quota_usec': parse_number(quota), 'period_usec': parse_number(period)}
 
 
-def parse_memory_stat(file: str, text: str, names: Sequence[str]) -> Dict[str, int]:
+def parse_memory_stat(text: str, names: Sequence[str]) -> Counts:
     """memory.stat, flat keyed: of its 60 lines only those of these names, in half the time that all of them take."""
-    values, lines, end = {}, f'\n{text}\n', 0
+    values, lines, end, malformed = {}, f'\n{text}\n', 0, None
     for name in names:
         # In the order in which the kernel writes them each search begins where the last one ended.
         start = lines.find(f'\n{name} ', end)
         start = lines.find(f'\n{name} ') if start < 0 else start
         if start >= 0:
-            number, end = start + len(name) + 2, lines.find('\n', start + 1)
-            try:
-                values[name] = int(lines[number:end])
-            except ValueError:
-                raise ValueError(f'{file}: malformed line: {lines[start + 1:end][:200]!r}') from None
-    if text and not values:
-        raise ValueError(f'{file}: malformed: {text[:200]!r}')
+            end = lines.find('\n', start + 1)
+            number = lines[start + len(name) + 2:end]
+            if number.isdigit():
+                values[name] = int(number)
+            else:
+                malformed = lines[start + 1:end]
+    if malformed or text and not values:
+        raise Malformed(malformed or text, values)
     return values
 
 
-def parse_io_stat(file: str, text: str) -> Dict[str, Dict[str, int]]:
-    """io.stat, nested keyed. io.cost and io.latency add values of their own, of which these are no whole numbers."""
-    return parse_nested_keyed(file, re.sub(r' (?:cost\.vrate|depth)=\S+', '', text))
+def parse_io_stat(text: str) -> Dict[str, Counts]:
+    """io.stat: lines of `DEVICE NAME=VALUE NAME=VALUE`. io.cost and io.latency add values of their own, of which some
+    are no whole numbers. Before Linux 5.16 devices without statistics are before the next device in its line.
+
+    254:0 rbytes=629145600 wbytes=629145600 rios=688 wios=903 dbytes=0 dios=0
+    """
+    def parse_line(line: str) -> Tuple[str, Counts]:
+        head, _, rest = line.partition('=')
+        *devices, first = head.split(' ')
+        pairs = [pair.split('=') for pair in f'{first}={rest}'.split()] if rest else []
+        device = (devices or [first])[-1]
+        if ':' not in device:
+            raise ValueError
+        return device, {name: int(number) for name, number in pairs if name in IO_NAMES}
+
+    return parse_lines(text, parse_line, lambda rows: {device: counts for device, counts in rows if counts})
 
 
-def parse_blkio(file: str, text: str) -> Dict[str, Dict[str, int]]:
+IO_NAMES = frozenset(('rbytes', 'wbytes', 'rios', 'wios'))
+
+
+def parse_blkio(text: str) -> Dict[str, Counts]:
     """v1's blkio.throttle.io_service_bytes and io_serviced: `254:0 Read 1048576` and so on, and a `Total 1056768`."""
-    devices: Dict[str, Dict[str, int]] = collections.defaultdict(dict)
+    devices: Dict[str, Counts] = collections.defaultdict(dict)
 
     def parse_line(line: str) -> None:
         *device, operation, number = line.split()
         if device:
-            devices[device[0]][operation] = int(number)
+            devices[device[0]][operation] = parse_number(number)
 
-    parse_lines(file, filter(str.strip, text.splitlines()), parse_line)
-    return dict(devices)
+    return parse_lines(text, parse_line, lambda rows: dict(devices))
 
 
-# v1's names for the fields of memory.stat; those with total_ include the groups below.
-MEMORY_STAT_V1 = {'total_cache': 'file', 'total_rss': 'anon', 'total_shmem': 'shmem',
+# v1's names for the fields of memory.stat; those with total_ include the groups below. swap is memory.swap.current.
+MEMORY_STAT_V1 = {'total_swap': 'swap', 'total_cache': 'file', 'total_rss': 'anon', 'total_shmem': 'shmem',
                   'total_mapped_file': 'file_mapped', 'total_pgfault': 'pgfault', 'total_pgmajfault': 'pgmajfault',
                   'total_inactive_file': 'inactive_file', 'total_active_file': 'active_file'}
 # By version, sorted by when they are read.
 GROUP_FILES = {version: [GroupFile(*file) for file in files] for version, files in {2: (
     ('cpu.stat', parse_flat_keyed, MARKER),
     ('cpu.pressure', parse_pressure, MARKER),
-    ('memory.current', parse_number, MARKER),
+    ('memory.current', parse_single, MARKER),
     ('memory.pressure', parse_pressure, MARKER),
     ('io.stat', parse_io_stat, MARKER),
     ('io.pressure', parse_pressure, MARKER),
-    ('memory.peak', parse_number, USUAL),
-    ('memory.swap.current', parse_number, USUAL),
+    ('memory.peak', parse_single, USUAL),
+    ('memory.swap.current', parse_single, USUAL),
     ('memory.stat', functools.partial(parse_memory_stat, names=field_names(wire.CgroupMemoryStat)), USUAL),
     ('memory.events', parse_flat_keyed, USUAL),
-    ('pids.current', parse_number, USUAL),
-    ('cpu.max', parse_cpu_max, SELDOM),
-    ('cpu.weight', parse_number, SELDOM),
-    ('memory.max', parse_number, SELDOM),
-    ('memory.high', parse_number, SELDOM),
-    ('memory.swap.max', parse_number, SELDOM),
-    ('pids.max', parse_number, SELDOM),
+    ('pids.current', parse_single, USUAL),
+    ('cpu.max', parse_cpu_max, LIMIT),
+    ('memory.max', parse_single, LIMIT),
+    ('cpu.weight', parse_single, SELDOM),
+    ('memory.high', parse_single, SELDOM),
+    ('memory.swap.max', parse_single, SELDOM),
+    ('pids.max', parse_single, SELDOM),
 ), 1: (
-    ('cpuacct/cpuacct.usage', parse_number, MARKER),
-    ('memory/memory.usage_in_bytes', parse_number, MARKER),
+    ('cpuacct/cpuacct.usage', parse_single, MARKER),
+    ('memory/memory.usage_in_bytes', parse_single, MARKER),
     # blkio counts what passes the throttling layer, in files _recursive of the groups below as well; without a limit
     # some kernels count nothing.
     ('blkio/blkio.throttle.io_service_bytes_recursive', parse_blkio, MARKER),
@@ -1654,40 +1914,36 @@ GROUP_FILES = {version: [GroupFile(*file) for file in files] for version, files 
     ('blkio/blkio.throttle.io_serviced', parse_blkio, MARKER),
     ('cpuacct/cpuacct.stat', parse_flat_keyed, USUAL),
     ('cpu/cpu.stat', parse_flat_keyed, USUAL),
-    ('memory/memory.max_usage_in_bytes', parse_number, USUAL),
-    ('memory/memory.memsw.usage_in_bytes', parse_number, USUAL),
-    ('memory/memory.kmem.usage_in_bytes', parse_number, USUAL),
-    ('memory/memory.kmem.tcp.usage_in_bytes', parse_number, USUAL),
+    ('memory/memory.max_usage_in_bytes', parse_single, USUAL),
+    ('memory/memory.kmem.usage_in_bytes', parse_single, USUAL),
+    ('memory/memory.kmem.tcp.usage_in_bytes', parse_single, USUAL),
     ('memory/memory.stat', functools.partial(parse_memory_stat, names=tuple(MEMORY_STAT_V1)), USUAL),
     ('memory/memory.oom_control', parse_flat_keyed, USUAL),
-    ('pids/pids.current', parse_number, USUAL),
-    ('cpu/cpu.cfs_quota_us', parse_number, SELDOM),
-    ('cpu/cpu.cfs_period_us', parse_number, SELDOM),
-    ('cpu/cpu.shares', parse_number, SELDOM),
-    ('memory/memory.limit_in_bytes', parse_number, SELDOM),
-    ('memory/memory.memsw.limit_in_bytes', parse_number, SELDOM),
-    ('pids/pids.max', parse_number, SELDOM),
+    ('pids/pids.current', parse_single, USUAL),
+    ('cpu/cpu.cfs_quota_us', parse_single, LIMIT),
+    ('memory/memory.limit_in_bytes', parse_single, LIMIT),
+    ('cpu/cpu.cfs_period_us', parse_single, SELDOM),
+    ('cpu/cpu.shares', parse_single, SELDOM),
+    ('memory/memory.memsw.limit_in_bytes', parse_single, SELDOM),
+    ('pids/pids.max', parse_single, SELDOM),
 )}.items()}
 
 
-def scaled(values: Optional[Mapping[str, int]], names: Mapping[str, str], multiply: int = 1,
-           divide: int = 1) -> Dict[str, int]:
+def scaled(values: Optional[Counts], names: Mapping[str, str], multiply: int = 1,
+           divide: int = 1) -> Counts:
     """Values under other names and in another unit."""
     return {other: values[name] * multiply // divide for name, other in names.items() if values and name in values}
 
 
 def from_v1(files: Mapping[str, Any]) -> Dict[str, Any]:
     """What is in the files of cgroup v1, under the names and in the units of v2's files. memsw is memory and swap
-    together."""
-    def number(name: str, limit: int = 2**64) -> Optional[int]:
+    together: their difference is no swap, because the two files are read at two instants."""
+    def number(name: str, limit: int = BEYOND) -> Optional[int]:
         value = files[name]
         return value if value is not None and 0 <= value < limit else None
 
-    def difference(both: Optional[int], memory: Optional[int]) -> Optional[int]:
-        return None if both is None or memory is None else max(0, both - memory)
-
     usage, quota = number('cpuacct/cpuacct.usage'), number('cpu/cpu.cfs_quota_us')
-    current = number('memory/memory.usage_in_bytes')
+    memory_stat = scaled(files['memory/memory.stat'], MEMORY_STAT_V1)
     limit, memsw_limit = (number(f'memory/memory.{name}limit_in_bytes', V1_NO_LIMIT_BYTES) for name in ('', 'memsw.'))
     sizes, counts = (files[f'blkio/blkio.throttle.{name}_recursive'] or files[f'blkio/blkio.throttle.{name}'] or {}
                      for name in ('io_service_bytes', 'io_serviced'))
@@ -1700,13 +1956,13 @@ def from_v1(files: Mapping[str, Any]) -> Dict[str, Any]:
                      10**6, TICKS_PER_SECOND)},
         'cpu.max': {'quota_usec': quota, 'period_usec': number('cpu/cpu.cfs_period_us')} if quota else None,
         'cpu.shares': number('cpu/cpu.shares'),
-        'memory.current': current,
+        'memory.current': number('memory/memory.usage_in_bytes'),
         'memory.peak': number('memory/memory.max_usage_in_bytes'),
         'memory.max': limit,
-        'memory.swap.current': difference(number('memory/memory.memsw.usage_in_bytes'), current),
-        'memory.swap.max': difference(memsw_limit, limit),
+        'memory.swap.current': memory_stat.pop('swap', None),
+        'memory.swap.max': None if memsw_limit is None or limit is None else max(0, memsw_limit - limit),
         'memory.stat': {
-            **scaled(files['memory/memory.stat'], MEMORY_STAT_V1),
+            **memory_stat,
             'kernel': number('memory/memory.kmem.usage_in_bytes'),
             'sock': number('memory/memory.kmem.tcp.usage_in_bytes')},
         'memory.events': scaled(files['memory/memory.oom_control'], {'oom_kill': 'oom_kill'}),
@@ -1718,14 +1974,11 @@ def from_v1(files: Mapping[str, Any]) -> Dict[str, Any]:
     }
 
 
-def fill_io_stat(message: wire.CgroupIoStat, device: Tuple[str, Mapping[str, int]]) -> None:
+def fill_io_stat(message: wire.CgroupIoStat, device: Tuple[str, Counts]) -> None:
     name, counts = device
     fill_text(message, 'device', name)
-    for field in ('rbytes', 'wbytes', 'rios', 'wios'):
-        if field in counts:
-            setattr(message, field, counts[field])
-        else:
-            message.ClearField(field)
+    for field in IO_NAMES:
+        put(message, field, counts.get(field, math.nan))
 
 
 def fill_group_file(message: wire.CgroupMetrics, name: str, value: Any) -> None:
@@ -1742,38 +1995,44 @@ def fill_group_file(message: wire.CgroupMetrics, name: str, value: Any) -> None:
         return fill_pressure(message.pressure, value, fill)
     if isinstance(value, dict):
         return fill(getattr(message, field), value)
-    return setattr(message, field, value)
+    return put(message, field, value)
 
 
 # By name the path of the field. v1 has cpu.shares, which v2 lacks.
 GROUP_PLACES = {name: name.split('.') for name in ('cpu.shares', *(file.name for file in GROUP_FILES[2]))}
-# How many of the files are markers, and how many are read often; these stay open.
-MARKERS, OFTEN = ({version: sum(file.when <= when for file in files) for version, files in GROUP_FILES.items()}
-                  for when in (MARKER, USUAL))
+# How many of the files are markers, how many are read often, and how many stay open.
+MARKERS, OFTEN, OPEN = ({version: sum(file.when <= when for file in files) for version, files in GROUP_FILES.items()}
+                        for when in (MARKER, USUAL, LIMIT))
 
 
-def open_group(roots: Roots, tree: CgroupTree, group: Group) -> OpenFiles:
-    """Open what is not open yet: all of the group's files that are read often, or those that were absent."""
-    files = group.files if group.files.descriptors else OpenFiles(OFTEN[tree.version])
-    for number, file in enumerate(GROUP_FILES[tree.version][:OFTEN[tree.version]]):
+def open_group(tree: CgroupTree, group: Group) -> OpenFiles:
+    """Open what is not open yet: all of the group's files that stay open, or those that were absent."""
+    files = group.files if group.files.descriptors else OpenFiles(OPEN[tree.version])
+    for number, file in enumerate(GROUP_FILES[tree.version][:OPEN[tree.version]]):
         if files.descriptors[number] is None:
-            files.descriptors[number] = open_file(roots.sysfs, tree.file_path(group.path, file.name))
+            # One that fails is read in the old way below, which says why.
+            with contextlib.suppress(OSError):
+                files.descriptors[number] = os.open(tree.file_path(group.path, file.name), os.O_RDONLY | os.O_CLOEXEC)
     return files
 
 
-def read_group(roots: Roots, tree: CgroupTree, group: Group, cycle: Cycle) -> Optional[List[Optional[bytes]]]:
+def read_group(tree: CgroupTree, group: Group, cycle: Cycle) -> Optional[List[Any]]:
     """What the group's files say, without those that are not due; nothing where no marker has changed. None where the
     group is gone."""
     due, count = cycle.now >= group.due or not group.hashes, MARKERS[tree.version]
-    files = open_group(roots, tree, group) if due or not group.files.descriptors else group.files
+    files = open_group(tree, group) if due or not group.files.descriptors else group.files
     markers = read_open_files(files.descriptors[:count])
+    if not due and cycle.now >= group.limits_due:
+        limits, group.limits_due = slice(OFTEN[tree.version], OPEN[tree.version]), cycle.now + LIMIT_SECONDS
+        due = list(map(hash, read_open_files(files.descriptors[limits]))) != group.hashes[limits]
     if not due and list(map(hash, markers)) == group.hashes[:count]:
         return []
     if not any(markers):
         return None
-    texts = markers + read_open_files(files.descriptors[count:])
-    for number, descriptor in enumerate(files.descriptors if None in texts else ()):
-        if texts[number] is None and descriptor is not None:
+    texts = markers + read_open_files(files.descriptors[count:OPEN[tree.version] if due else OFTEN[tree.version]])
+    paths = [tree.file_path(group.path, file.name) for file in GROUP_FILES[tree.version]] if due else []
+    for number, (text, descriptor) in enumerate(zip(texts, files.descriptors)):
+        if text is None and descriptor is not None:
             # It has gone: it is opened again like others that were absent.
             os.close(descriptor)
             files.descriptors[number] = None
@@ -1782,18 +2041,25 @@ def read_group(roots: Roots, tree: CgroupTree, group: Group, cycle: Cycle) -> Op
         group.files = files
     if due:
         group.due = cycle.due_again(first=not group.hashes)
-        texts += [read_small(roots.sysfs, tree.file_path(group.path, file.name))
-                  for file in GROUP_FILES[tree.version][OFTEN[tree.version]:]]
+        texts = [said_or_errno(read_small, path) if text is None else text
+                 for path, text in itertools.zip_longest(paths, texts)]
     return texts
 
 
-def collect_cgroup(message: wire.CgroupMetrics, roots: Roots, tree: CgroupTree, group: Group, cycle: Cycle) -> bool:
+def group_file_value(path: str, file: GroupFile, text: Any, cycle: Cycle) -> Any:
+    """What is in a file that may have failed or be malformed."""
+    if isinstance(text, int):
+        return cycle.failed_file(path, os.strerror(text))
+    return None if text is None else cycle.parsed(path, text.decode('ascii', 'replace'), file.parse)
+
+
+def collect_cgroup(message: wire.CgroupMetrics, tree: CgroupTree, group: Group, cycle: Cycle) -> bool:
     """Write into the message what the group's files say anew. False where the group is gone."""
-    texts = read_group(roots, tree, group, cycle)
+    texts = read_group(tree, group, cycle)
     if texts is None and group.hashes:
         # A unit that was started again has another group under the same path.
         group.files, group.hashes = OpenFiles(0), []
-        texts = read_group(roots, tree, group, cycle)
+        texts = read_group(tree, group, cycle)
     if texts is None:
         return False
     message.timestamp_ns, group.clock_ns, group.changed = time.time_ns(), time.monotonic_ns(), bool(texts)
@@ -1801,8 +2067,13 @@ def collect_cgroup(message: wire.CgroupMetrics, roots: Roots, tree: CgroupTree, 
         return True
     hashes = list(map(hash, texts))
     said = zip(GROUP_FILES[tree.version], texts, hashes, group.hashes or itertools.repeat(None))
-    files = {file.name: None if text is None else file.parse(file.name, text.decode(errors='replace'))
-             for file, text, number, previous in said if number != previous}
+    changed = [(file, text) for file, text, new, previous in said if new != previous]
+    try:
+        files = {file.name: None if text is None else file.parse(text.decode('ascii')) for file, text in changed}
+    except (AttributeError, *MALFORMED):
+        # The group is read again in the next cycle, whatever happens in it.
+        hashes, group.due = [None] * len(hashes), 0.0
+        files = {file.name: group_file_value(f'{group.path}/{file.name}', file, text, cycle) for file, text in changed}
     if tree.version == 1:
         # One value of v2 may be made of several files.
         group.v1_files.update(files)
@@ -1817,76 +2088,84 @@ def collect_cgroup(message: wire.CgroupMetrics, roots: Roots, tree: CgroupTree, 
 
 # --- services
 
-# The daemons that a node cannot do without, and those that run its containers.
-SERVICES = tuple(f'{name}.service' for name in (
-    'kubelet', 'containerd', 'crio', 'docker', 'cri-docker', 'k3s', 'k3s-agent', 'rke2-server', 'rke2-agent'))
+# The daemons that a node cannot do without, and those that run its containers; a snap's are snap.NAME.daemon-DAEMON.
+SERVICE = re.compile(r'(kubelet|containerd|crio|docker|cri-dockerd?|k3s|k3s-agent|rke2-server|rke2-agent|k0scontroller|'
+                     r'k0sworker|snap\.(microk8s|k8s|kubelet)[\w-]*\.[\w-]+)\.service')
+# What has no daemon of the node below it: users, pods, and one-off groups.
+NO_SERVICES = re.compile(r'user\.slice|machine\.slice|.*kubepods.*|.*\.(scope|service|mount|socket)')
+# /system.slice/kubelet.service, or /docker/ID/kubelet.slice/kubelet.service of a node in a container.
+SERVICE_DEPTH = 4
 
 
-def collect_services(node: wire.NodeMetrics, roots: Roots, services: Dict[str, Tuple[Group, wire.ServiceMetrics]],
-                     cycle: Cycle) -> None:
-    """The units below system.slice; `services` keeps the group and the message of each."""
-    tree = read_cgroup_tree(roots)
-    present = set(read_names(roots.sysfs, f'{tree.top}/system.slice')) if tree else set()
-    for name in SERVICES:
-        group, message = services.pop(name, None) or (Group(f'system.slice/{name}'), wire.ServiceMetrics(name=name))
-        if name in present and collect_cgroup(message.cgroup, roots, tree, group, cycle):
+def find_services(tree: CgroupTree) -> List[str]:
+    """The daemons' groups below the root of the hierarchy, wherever a slice has them."""
+    found = []
+    for directory, names, _ in os.walk(tree.top):
+        below = directory[len(tree.top) + 1:]
+        found += [os.path.join(below, name) for name in names if SERVICE.fullmatch(name)]
+        depth = len(below.split('/')) if below else 0
+        names[:] = [name for name in names if depth < SERVICE_DEPTH - 1 and not NO_SERVICES.fullmatch(name)]
+    return found
+
+
+def collect_services(node: wire.NodeMetrics, state: NodeState, cycle: Cycle) -> None:
+    """The daemons' groups, which are looked for once a minute, and when one is gone."""
+    tree = read_cgroup_tree(cycle.roots.sysfs)
+    if not tree:
+        return
+    if cycle.now >= state.services_due:
+        state.services_due = cycle.now + SELDOM_SECONDS
+        for path in find_services(tree):
+            state.services.setdefault(path, (Group(path), wire.ServiceMetrics(name=os.path.basename(path))))
+    for path, (group, message) in sorted(state.services.items()):
+        if os.path.isdir(f'{tree.top}/{path}') and collect_cgroup(message.cgroup, tree, group, cycle):
             node.services.append(message)
-            services[name] = group, message
+        else:
+            del state.services[path]
+            state.services_due = 0.0
 
 
 # --- node
 
 class NodeState:
-    """What the node's subjects keep from cycle to cycle."""
+    """What the node's subjects keep from cycle to cycle, how many processes are named, and when to look for services
+    again (monotonic clock)."""
 
-    def __init__(self) -> None:
-        self.cpus = Cpus()
-        # By mount point, the threads that wait for a file system that does not answer.
-        self.stuck: Dict[str, threading.Thread] = {}
+    services_due = 0.0
+
+    def __init__(self, top_n: int):
+        self.top_n = top_n
+        self.helper = Helper()
+        self.identity = wire.NodeMetrics()
+        # By name the times at the previous cycle, by number what does not change while a CPU is online.
+        self.cpu_times: Dict[str, CpuTimes] = {}
+        self.cpu_infos: Dict[int, wire.CpuInfo] = {}
         self.links: Dict[str, Link] = {}
         self.services: Dict[str, Tuple[Group, wire.ServiceMetrics]] = {}
 
 
-def collect_node(node: wire.NodeMetrics, roots: Roots, state: NodeState, top_n: int, cycle: Cycle) -> None:
-    """All subjects of the node, each of which may fail on its own."""
-    with cycle.subject('system'):
-        collect_system(node, roots)
-    with cycle.subject('cpu'):
-        collect_cpu(node, roots, state.cpus)
-    with cycle.subject('load'):
-        collect_load(node, roots)
-    with cycle.subject('memory'):
-        collect_memory(node, roots)
-    with cycle.subject('pressure'):
-        collect_pressure(node, roots)
-    with cycle.subject('processes'):
-        collect_processes(node, roots, top_n)
-    with cycle.subject('file systems'):
-        collect_disk_usages(node, roots, state.stuck)
-    with cycle.subject('disk I/O'):
-        collect_disk_io(node, roots)
-    with cycle.subject('network'):
-        collect_network(node, roots, state.links, cycle)
-    with cycle.subject('addresses'):
-        collect_addresses(node, roots)
-    with cycle.subject('network protocols'):
-        collect_protocols(node, roots)
-    with cycle.subject('kernel limits'):
-        collect_limits(node, roots)
-    with cycle.subject('clock'):
-        collect_clock(node, roots)
-    with cycle.subject('services'):
-        collect_services(node, roots, state.services, cycle)
-    for mountpoint in state.stuck:
-        cycle.failed(f'mount {mountpoint}', f'statvfs does not answer within {STATVFS_TIMEOUT_SECONDS} s: '
-                                            'the mount is left alone until it does')
+NODE_SUBJECTS: Dict[str, Callable[[wire.NodeMetrics, NodeState, Cycle], None]] = {
+    'system': collect_system, 'cpu': collect_cpu, 'load': collect_load, 'memory': collect_memory,
+    'pressure': collect_pressure, 'processes': collect_processes, 'file systems': collect_disk_usages,
+    'disk I/O': collect_disk_io, 'network': collect_network, 'addresses': collect_addresses,
+    'network protocols': collect_protocols, 'kernel limits': collect_limits, 'clock': collect_clock,
+    'services': collect_services}
+
+
+def collect_node(node: wire.NodeMetrics, state: NodeState, cycle: Cycle) -> None:
+    """What fails beyond a file costs its subject, and the rest goes on."""
+    for cycle.current, collect in NODE_SUBJECTS.items():
+        try:
+            collect(node, state, cycle)
+        except (ValueError, OSError, ArithmeticError) as error:
+            cycle.failed(cycle.current, error)
 
 
 # --- container runtime
 
 # cri-api: the same messages under two names; v1alpha2 is all that containerd before 1.6 and old cri-dockerd have.
 CRI_SERVICES = ('runtime.v1.RuntimeService', 'runtime.v1alpha2.RuntimeService')
-CRI_SOCKETS = (
+CRI_SOCKETS = [
     '/run/containerd/containerd.sock',
     '/run/k3s/containerd/containerd.sock',
     '/run/k0s/containerd.sock',
@@ -1895,7 +2174,7 @@ CRI_SOCKETS = (
     '/run/cri-dockerd.sock',
     '/run/k3s/cri-dockerd/cri-dockerd.sock',
     '/run/dockershim.sock',
-)
+]
 CRI_CHANNEL_OPTIONS = (
     ('grpc.max_receive_message_length', 64 << 20),
     # The default authority is the percent-encoded socket path, which strict servers reject.
@@ -1909,14 +2188,19 @@ CRI_CHANNEL_OPTIONS = (
 )
 # In the kubelet's command line (NUL-separated) and in kubeadm-flags.env; in its config.yaml and in crictl.yaml.
 ENDPOINT_FLAG = re.compile(r'--container-runtime-endpoint[=\s\0]+"?([^\s"\0]+)')
-ENDPOINT_SETTING = re.compile(r'^(?:containerRuntimeEndpoint|runtime-endpoint):[ \t]*["\']?([^\s"\'\0]+)', re.MULTILINE)
+# Block or flow style, which is JSON's as well; the value may be in the next line. A comment is none.
+ENDPOINT_SETTING = re.compile(
+    r'''^(?:[^#\n]*[{,])?[ \t]*["']?(?:containerRuntimeEndpoint|runtime-endpoint)["']?[ \t]*:'''
+    r'''[ \t]*(?:[|>]-?[ \t]*)?(?:\n[ \t]+)?["']?([^\s"'},]*)''', re.MULTILINE)
+ENDPOINT = re.compile(r'(?:unix:(?://)?)?(/[^\0]+)')
 
 
 class CriError(Exception):
-    """Why a call of the runtime failed."""
+    """Why a call of the runtime failed, and gRPC's status code, None where there was nothing to call."""
 
-    # gRPC's status code, None where there was nothing to call.
-    code: Optional[grpc.StatusCode] = None
+    def __init__(self, text: str, code: Optional[grpc.StatusCode] = None):
+        super().__init__(text)
+        self.code = code
 
 
 class Runtime(NamedTuple):
@@ -1937,22 +2221,28 @@ class Call(NamedTuple):
     started: float
 
 
-def collect_endpoints(roots: Roots, explicit: Optional[str]) -> List[str]:
-    """Paths where the runtime's socket may be, likeliest first: the one that was named, or else every known place."""
+def collect_endpoints(explicit: Optional[str], cycle: Cycle) -> Tuple[List[str], List[str]]:
+    """Paths where the runtime's socket may be, likeliest first: the one that was named, or else every known place; and
+    what settings say that is none."""
     if explicit:
-        return [explicit.replace('unix://', '', 1)]
-    kubelet = next((name for name in read_names(roots.procfs, '')
-                    if name.isdecimal() and read_line(roots.procfs, f'{name}/comm') == 'kubelet'), None)
-    configured = (
-        (ENDPOINT_FLAG, read_text(roots.procfs, f'{kubelet}/cmdline') if kubelet else None),
-        (ENDPOINT_SETTING, read_text(roots.rootfs, 'var/lib/kubelet/config.yaml')),
-        (ENDPOINT_FLAG, read_text(roots.rootfs, 'var/lib/kubelet/kubeadm-flags.env')),
-        (ENDPOINT_SETTING, read_text(roots.rootfs, 'etc/crictl.yaml')))
-    matches = (pattern.search(text or '') for pattern, text in configured)
-    paths = [match.group(1).replace('unix://', '', 1) for match in matches if match] + list(CRI_SOCKETS)
+        match = ENDPOINT.fullmatch(explicit)
+        return [match.group(1) if match else explicit], []
+    kubelet = next((name for name in cycle.names('/proc/') if name.isdecimal()
+                    and cycle.read_line(f'/proc/{name}/comm') == 'kubelet'), '0')
+    paths, unclear = [], []
+    for pattern, path in ((ENDPOINT_FLAG, f'/proc/{kubelet}/cmdline'),
+                          (ENDPOINT_SETTING, '/var/lib/kubelet/config.yaml'),
+                          (ENDPOINT_FLAG, '/var/lib/kubelet/kubeadm-flags.env'),
+                          (ENDPOINT_SETTING, '/etc/crictl.yaml')):
+        setting = pattern.search(cycle.read(path) or '')
+        match = ENDPOINT.fullmatch(setting.group(1)) if setting else None
+        if match:
+            paths.append(match.group(1))
+        elif setting and setting.group(1):
+            unclear.append(f'{path} names {setting.group(1)[:80]!r}, which is no socket (unix:///PATH)')
     # /var/run is a link to /run, absolute on some systems: below a mounted root it would lead out of it.
-    below_root = (roots.rootfs.rstrip('/') + re.sub('^/var/run/', '/run/', path) for path in paths)
-    return list(dict.fromkeys(map(os.path.realpath, below_root)))
+    below_root = (cycle.roots.rootfs.rstrip('/') + re.sub('^/var/run/', '/run/', path) for path in paths + CRI_SOCKETS)
+    return list(dict.fromkeys(map(os.path.realpath, below_root))), unclear
 
 
 def read_socket_inode(path: str) -> Optional[Tuple[int, int]]:
@@ -1962,6 +2252,11 @@ def read_socket_inode(path: str) -> Optional[Tuple[int, int]]:
     except OSError:
         return None
     return (status.st_dev, status.st_ino) if stat.S_ISSOCK(status.st_mode) else None
+
+
+def utf8(said: Any) -> str:
+    """A text of the runtime's: one that is not UTF-8 comes as bytes, because cri.proto asks for no validation."""
+    return said if isinstance(said, str) else said.decode(errors='replace')
 
 
 def cri_method(runtime: Runtime, method: str) -> grpc.UnaryUnaryMultiCallable:
@@ -1984,9 +2279,9 @@ def fetch_result(method: str, started: float, wait: Callable[[], Any], cycle: Cy
         failed = False
         return answer
     except grpc.RpcError as error:
-        failure = CriError(f'{method}: {error.code().name}: {error.details()}')
-        failure.code = error.code()
-        raise failure from None
+        # The error of a future is the future, which would hold all frames up to the main loop's, and their files.
+        error.__traceback__ = None
+        raise CriError(f'{method}: {error.code().name}: {error.details()}', error.code()) from None
     finally:
         stats = cycle.calls.setdefault(method, wire.CriMethodMetrics(method=method))
         stats.calls_total += 1
@@ -2011,30 +2306,32 @@ def fetch_versions(candidates: Sequence[Runtime], cycle: Cycle) -> Tuple[List[Ru
         for runtime, call in zip(asked, calls):
             try:
                 answer = fetch_result(call.method, call.started, call.future.result, cycle)
-                answered[runtime.socket] = runtime._replace(name=answer.runtime_name, version=answer.runtime_version)
+                answered[runtime.socket] = runtime._replace(name=utf8(answer.runtime_name),
+                                                             version=utf8(answer.runtime_version))
             except CriError as error:
                 reasons[runtime.socket] = str(error)
                 waiting += [runtime] * (error.code is grpc.StatusCode.UNIMPLEMENTED)
     return [answered[candidate.socket] for candidate in candidates if candidate.socket in answered], reasons
 
 
-def has_sandboxes(runtime: Runtime, cycle: Cycle) -> bool:
+def is_inhabited(runtime: Runtime, cycle: Cycle) -> bool:
+    """Whether it has a READY sandbox: one that is no longer used may keep old ones."""
     try:
-        return bool(fetch(runtime, 'ListPodSandbox', cycle).items)
+        return any(sandbox.state == cri.SANDBOX_READY for sandbox in fetch(runtime, 'ListPodSandbox', cycle).items)
     except CriError:
         return False
 
 
-def find_runtime(paths: Sequence[str], cycle: Cycle) -> Runtime:
-    """The first runtime that answers; of several, the first that has sandboxes. CriError says what was tried."""
+def find_runtime(paths: Sequence[str], unclear: Sequence[str], cycle: Cycle) -> Runtime:
+    """The first runtime that answers; of several, the first that is inhabited. CriError says what was tried."""
     candidates = [Runtime(grpc.insecure_channel(f'unix:{path}', CRI_CHANNEL_OPTIONS), path, inode)
                   for path, inode in ((path, read_socket_inode(path)) for path in paths) if inode]
     if not candidates:
-        raise CriError(f'none found: no socket at {paths[0]}' if len(paths) == 1 else
-                       'none found: no socket at any of the usual paths (--cri-socket names another)')
+        where = paths[0] if len(paths) == 1 else 'any of the usual paths (--cri-socket names another)'
+        raise CriError('; '.join((f'none found: no socket at {where}', *unclear)))
     runtimes, reasons = fetch_versions(candidates, cycle)
     if len(runtimes) > 1:
-        runtimes.sort(key=lambda runtime: not has_sandboxes(runtime, cycle))
+        runtimes.sort(key=lambda runtime: not is_inhabited(runtime, cycle))
     for candidate in candidates:
         if not runtimes or candidate.socket != runtimes[0].socket:
             candidate.channel.close()
@@ -2051,36 +2348,28 @@ CONTAINER_CGROUP = re.compile(r'(?!crio-conmon-)(?:.*[^0-9a-f])?([0-9a-f]{64})(?
 INNER_CGROUP = 'container'
 
 
-class GroupSearch:
-    """The tree of groups, the ids that have none in it, and when to search for these again (monotonic clock)."""
-
-    tree: Optional[CgroupTree] = None
-    unfound: Set[str] = frozenset()
-    due = 0.0
-
-
-def read_container_cgroups(roots: Roots, tree: CgroupTree) -> Dict[str, str]:
+def read_container_cgroups(root: str) -> Dict[str, str]:
     """All groups of containers and sandboxes: by id the path below the root of the hierarchy. One walk of the tree."""
-    root, paths = f'{roots.sysfs}/{tree.top}', {}
+    paths = {}
     for directory, names, _ in os.walk(root):
         for name in names[:]:
-            match = CONTAINER_CGROUP.fullmatch(name)
-            if match:
+            match, path = CONTAINER_CGROUP.fullmatch(name), os.path.join(directory, name)
+            # One that has pods below it is the node itself, as in kind.
+            if match and not any(map(os.path.isdir, (f'{path}/kubepods', f'{path}/kubepods.slice', f'{path}/kubelet'))):
                 names.remove(name)
-                path = os.path.join(directory, name)
                 inner = os.path.join(path, INNER_CGROUP)
                 paths[match.group(1)] = (inner if os.path.isdir(inner) else path)[len(root) + 1:]
     return paths
 
 
-def find_cgroups(roots: Roots, search: GroupSearch, missing: Set[str], now: float) -> Dict[str, str]:
+def find_cgroups(state: RuntimeState, missing: Set[str], cycle: Cycle) -> Dict[str, str]:
     """The paths of the groups with these ids. The tree is walked when there is a new id; ids without a group, as
     those of VMs, are searched for again after SELDOM_SECONDS."""
-    search.tree = search.tree or read_cgroup_tree(roots)
-    if not search.tree or not (missing - search.unfound or missing and now >= search.due):
+    state.tree = state.tree or read_cgroup_tree(cycle.roots.sysfs)
+    if not state.tree or not (missing - state.unfound or missing and cycle.now >= state.search_due):
         return {}
-    paths = read_container_cgroups(roots, search.tree)
-    search.unfound, search.due = missing - paths.keys(), now + SELDOM_SECONDS
+    paths = read_container_cgroups(state.tree.top)
+    state.unfound, state.search_due = missing - paths.keys(), cycle.now + SELDOM_SECONDS
     return {id: paths[id] for id in missing & paths.keys()}
 
 
@@ -2104,8 +2393,12 @@ def qos_class(path: str) -> Optional[str]:
 
 # More than any machine has; containerd 1.6 says 2**63 while it tears a container down.
 SANE_NANO_CORES = 10_000 * 10**9
-# More cannot be expressed in ns.
-MAX_USEC = 2**64 // 1000
+# Runtimes say "no limit" with a number near 2**63, less what is in use. In protobuf's encoding a number from 2**62 on
+# has nine bytes, of seven bits each, the last of which is 64 or more.
+BEYOND_SENSE = 2**62
+BEYOND_SENSE_VARINT = re.compile(rb'[\x80-\xff]{8}[\x40-\xff]')
+# Of a container's groups so many are searched for a process.
+GROUPS_BELOW = 32
 
 
 class UsageSample(NamedTuple):
@@ -2131,9 +2424,10 @@ class Container:
 
 
 class Pod:
-    """A READY sandbox: its message, its containers by id, where the sandbox's group is, the pod's own group, and the
+    """A sandbox: its message, its containers by id, where the sandbox's group is, the pod's own group, and the
     process through which its network was seen, with what that has said."""
 
+    state: Optional[int] = None
     path: Optional[str] = None
     group: Optional[Group] = None
     pid: Optional[str] = None
@@ -2151,24 +2445,29 @@ def enum_name(enum: Any, number: int) -> str:
     return enum.Name(number) if number in enum.values() else str(number)
 
 
+def texts(labels: Mapping[Any, Any]) -> Dict[str, str]:
+    return {utf8(key): utf8(value) for key, value in labels.items()}
+
+
 def new_pod(sandbox: cri.PodSandbox) -> Pod:
     metadata = sandbox.metadata
     return Pod(wire.PodMetrics(
-        id=sandbox.id, uid=metadata.uid, name=metadata.name, namespace=metadata.namespace,
-        created_at=sandbox.created_at, state=enum_name(cri.PodSandboxState, sandbox.state),
-        attempt=metadata.attempt, labels=dict(sandbox.labels), runtime_handler=sandbox.runtime_handler or None))
+        id=utf8(sandbox.id), uid=utf8(metadata.uid), name=utf8(metadata.name), namespace=utf8(metadata.namespace),
+        created_at=max(0, sandbox.created_at), attempt=metadata.attempt, labels=texts(sandbox.labels),
+        runtime_handler=utf8(sandbox.runtime_handler) or None))
 
 
 def fill_listed_container(message: wire.ContainerMetrics, container: cri.Container) -> None:
     """What does not change while a container is there (cri-api: labels and annotations are those that it was made
     with)."""
-    restarts = container.annotations.get('io.kubernetes.container.restartCount', '')
+    specified = utf8(container.image.user_specified_image)
+    restarts = utf8(container.annotations.get('io.kubernetes.container.restartCount', ''))
     message.MergeFrom(wire.ContainerMetrics(
-        id=container.id, name=container.metadata.name,
-        image=container.image.user_specified_image or container.image.image,
-        created_at=container.created_at, attempt=container.metadata.attempt,
-        restart_count=int(restarts) if re.fullmatch('[0-9]{1,9}', restarts) else None, labels=dict(container.labels),
-        image_ref=container.image_ref or None))
+        id=utf8(container.id), name=utf8(container.metadata.name), image=utf8(container.image.image),
+        user_specified_image=None if specified in ('', container.image.image) else specified,
+        created_at=max(0, container.created_at), attempt=container.metadata.attempt,
+        restart_count=int(restarts) if re.fullmatch('[0-9]{1,9}', restarts) else None, labels=texts(container.labels),
+        image_ref=utf8(container.image_ref) or None))
 
 
 def renew_pod(pod: Pod) -> None:
@@ -2184,14 +2483,19 @@ def renew_pod(pod: Pod) -> None:
             pod.containers[container.id] = Container(container)
 
 
+def remove_containers(pod: Pod, ids: Iterable[str]) -> None:
+    messages = pod.message.container_metrics
+    for index in reversed(range(len(messages))):
+        if messages[index].id in ids:
+            del pod.containers[messages[index].id], messages[index]
+
+
 def update_containers(pod: Pod, listed: Mapping[str, cri.Container]) -> None:
     """Bring the pod's containers up to the runtime's list. Their order is our own: the runtime's changes from call to
     call."""
+    messages = pod.message.container_metrics
     if pod.containers.keys() != listed.keys():
-        messages = pod.message.container_metrics
-        for index in reversed(range(len(messages))):
-            if messages[index].id not in listed:
-                del pod.containers[messages[index].id], messages[index]
+        remove_containers(pod, pod.containers.keys() - listed.keys())
         for id in listed.keys() - pod.containers.keys():
             fill_listed_container(messages.add(), listed[id])
         messages.sort(key=lambda message: (message.created_at, message.id))
@@ -2205,19 +2509,32 @@ def update_containers(pod: Pod, listed: Mapping[str, cri.Container]) -> None:
                 forget_group(pod, container)
 
 
+def sandbox_of(container: cri.Container) -> cri.PodSandbox:
+    """In the place of a sandbox that the runtime does not list: what the kubelet's labels of a container say."""
+    id, labels = utf8(container.pod_sandbox_id or container.id), texts(container.labels)
+    return cri.PodSandbox(id=id, state=cri.SANDBOX_NOTREADY, metadata={
+        part: labels.get(f'io.kubernetes.pod.{part}') for part in ('uid', 'name', 'namespace')})
+
+
 def update_pods(pods: Dict[str, Pod], sandboxes: Iterable[cri.PodSandbox], containers: Iterable[cri.Container]) -> None:
-    """The runtime's lists decide which pods and containers there are: READY sandboxes with all their containers."""
-    ready = {sandbox.id: sandbox for sandbox in sandboxes if sandbox.state == cri.SANDBOX_READY}
-    listed: Dict[str, Dict[str, cri.Container]] = {id: {} for id in ready}
+    """The runtime's lists decide which pods and containers there are: sandboxes that are READY, or have a container
+    that runs, as where the pause process was killed, with all their containers."""
+    by_id = {utf8(sandbox.id): sandbox for sandbox in sandboxes}
+    shown = {id for id, sandbox in by_id.items() if sandbox.state == cri.SANDBOX_READY}
+    below: Dict[str, Dict[str, cri.Container]] = collections.defaultdict(dict)
     for container in containers:
-        if container.pod_sandbox_id in ready:
-            listed[container.pod_sandbox_id][container.id] = container
-    for id in pods.keys() - ready.keys():
+        id = utf8(container.pod_sandbox_id or container.id)
+        below[id][utf8(container.id)] = container
+        if container.state == cri.CONTAINER_RUNNING:
+            shown.add(id)
+    for id in pods.keys() - shown:
         del pods[id]
-    for id, sandbox in ready.items():
-        if id not in pods:
-            pods[id] = new_pod(sandbox)
-        update_containers(pods[id], listed[id])
+    for id in shown:
+        sandbox = by_id.get(id) or sandbox_of(next(iter(below[id].values())))
+        pod = pods[id] = pods.get(id) or new_pod(sandbox)
+        if pod.state != sandbox.state:
+            pod.state, pod.message.state = sandbox.state, enum_name(cri.PodSandboxState, sandbox.state)
+        update_containers(pod, below[id])
     if pods:
         # A pod a cycle, in turn: what was cleared in its message in the meantime is freed.
         first = next(iter(pods))
@@ -2232,76 +2549,87 @@ def forget_group(pod: Pod, owner: Any) -> None:
     renew_pod(pod)
 
 
-def fill_pod_interface(message: wire.PodInterface, interface: Tuple[str, Mapping[str, int]]) -> None:
+def fill_pod_interface(message: wire.PodInterface, interface: Tuple[str, Counts]) -> None:
     name, columns = interface
     fill_text(message, 'name', name)
     fill(message.counters, columns)
 
 
-def collect_process_network(pod: Pod, roots: Roots, pid: str) -> bool:
+def collect_process_network(pod: Pod, pid: str, cycle: Cycle) -> bool:
     """The interfaces that a process of the pod sees, without lo; those of a pod in the node's network are not its own.
     False where the process has no network, as a zombie."""
     message, same = pod.message, pid == pod.pid
     if same and message.host_network:
         return True
-    net_dev = read_bytes(roots.procfs, f'{pid}/net/dev')
+    net_dev = cycle.read(f'/proc/{pid}/net/dev', None, read_bytes)
     if not net_dev:
         return False
     if not same:
-        message.host_network = same_network(roots.procfs, pid, roots.procfs, '1')
+        shared = same_network(cycle.path(f'/proc/{pid}'), cycle.path('/proc/1'))
+        if shared is None:
+            return False
+        message.host_network = shared
     if not same or net_dev != pod.net_dev:
-        counters = {} if message.host_network else parse_net_dev(net_dev.decode(errors='replace'))
+        path, said = f'/proc/{pid}/net/dev', b'' if message.host_network else net_dev
+        counters = cycle.parsed(path, said.decode(errors='replace'), parse_net_dev) or {}
         interfaces = [item for item in counters.items() if item[0] != 'lo']
         fill_list(message.network_interfaces, interfaces, fill_pod_interface)
     pod.pid, pod.net_dev = pid, net_dev
     return True
 
 
-def collect_pod_network(pod: Pod, roots: Roots, tree: CgroupTree, paths: Iterable[str], cycle: Cycle) -> None:
+def pids_below(group: str, cycle: Cycle) -> Iterator[str]:
+    """A process of the group; then, until the caller has seen enough, one of each group below it, where for example
+    systemd in a container has all of them."""
+    below = (directory for directory, _, _ in itertools.islice(os.walk(group), GROUPS_BELOW))
+    for directory in itertools.chain((group,), below):
+        try:
+            yield from read_small(f'{directory}/cgroup.procs').decode(errors='replace').split(None, 1)[:1]
+        except OSError as error:
+            if error.errno not in ABSENT:
+                cycle.failed_file(f'{directory}/cgroup.procs', error)
+
+
+def collect_pod_network(pod: Pod, top: str, paths: Iterable[str], cycle: Cycle) -> None:
     """The pod's network through any process of its groups. The pid is taken from the group: one that is remembered may
     be another process by now."""
-    procs = ((read_small(roots.sysfs, f'{tree.top}/{path}/cgroup.procs') or b'').split(None, 1) for path in paths)
-    try:
-        if any(collect_process_network(pod, roots, pids[0].decode(errors='replace')) for pids in procs if pids):
-            return
-    except (ValueError, OSError) as error:
-        cycle.failed('pod networks', f'{pod.message.namespace}/{pod.message.name}: {error}')
+    pids = (pid for path in paths for pid in pids_below(f'{top}/{path}', cycle))
+    if any(collect_process_network(pod, pid, cycle) for pid in pids):
+        return
     pod.pid = None
     pod.message.ClearField('host_network')
     del pod.message.network_interfaces[:]
 
 
-def collect_group(pod: Pod, owner: Any, roots: Roots, tree: CgroupTree, subject: str, cycle: Cycle) -> None:
+def collect_group(pod: Pod, owner: Any, tree: CgroupTree, subject: str, cycle: Cycle) -> None:
     """The group of the pod or of one of its containers. One that is gone is searched for again in the next cycle."""
-    try:
-        if collect_cgroup(owner.message.cgroup, roots, tree, owner.group, cycle):
-            return
+    cycle.current = subject
+    if not collect_cgroup(owner.message.cgroup, tree, owner.group, cycle):
         owner.path = None
-    except (ValueError, OSError) as error:
-        cycle.failed(subject, f'{owner.group.path}: {error}')
-    forget_group(pod, owner)
+        forget_group(pod, owner)
 
 
-def collect_groups(pods: Mapping[str, Pod], roots: Roots, search: GroupSearch, cycle: Cycle) -> None:
+def collect_groups(state: RuntimeState, cycle: Cycle) -> None:
     """What the cgroups and network namespaces tell of the pods and the running containers. A pod's own group is above
     those of its sandbox and its containers."""
-    owners = [owner for pod in pods.values() for owner in (pod, *pod.running())]
+    owners = [owner for pod in state.pods.values() for owner in (pod, *pod.running())]
     missing = {owner.message.id: owner for owner in owners if owner.path is None}
-    for id, path in find_cgroups(roots, search, set(missing), cycle.now).items():
+    for id, path in find_cgroups(state, set(missing), cycle).items():
         missing[id].path = path
-    for pod in pods.values() if search.tree else ():
+    for pod in state.pods.values() if state.tree else ():
         paths = [owner.path for owner in (pod, *pod.containers.values()) if owner.path]
         if pod.group is None:
             above = next(filter(None, (pod_cgroup_path(path, pod.message.uid) for path in paths)), None)
             pod.group = Group(above) if above else None
             fill_known(pod.message, qos_class=qos_class(above or ''))
         if pod.group:
-            collect_group(pod, pod, roots, search.tree, 'pod cgroups', cycle)
-        collect_pod_network(pod, roots, search.tree, paths, cycle)
+            collect_group(pod, pod, state.tree, 'pod cgroups', cycle)
+        cycle.current = 'pod networks'
+        collect_pod_network(pod, state.tree.top, paths, cycle)
         for container in pod.running():
             if container.path:
                 container.group = container.group or Group(container.path)
-                collect_group(pod, container, roots, search.tree, 'cgroups', cycle)
+                collect_group(pod, container, state.tree, 'cgroups', cycle)
 
 
 def nano_cores(previous: UsageSample, sample: UsageSample) -> Optional[int]:
@@ -2362,8 +2690,10 @@ def fill_usage_from_cgroup(container: Container) -> None:
     for field in ('memory_metrics', 'swap_metrics'):
         if message.HasField(field):
             getattr(message, field).timestamp = cgroup.timestamp_ns
-    usable = cpu.HasField('usage_usec') and cpu.usage_usec < MAX_USEC
-    sample = UsageSample('cgroup', container.group.clock_ns, cpu.usage_usec * 1000) if usable else None
+    # cgroup v1 counts ns, v2 µs.
+    usage_ns = container.group.v1_files.get('cpuacct/cpuacct.usage', known(cpu, 'usage_usec') and cpu.usage_usec * 1000)
+    usable = usage_ns is not None and 0 <= usage_ns < BEYOND
+    sample = UsageSample('cgroup', container.group.clock_ns, usage_ns) if usable else None
     fill_cpu_metrics(container, sample, cgroup.timestamp_ns)
 
 
@@ -2372,7 +2702,7 @@ def fill_file_system(message: wire.FileSystemMetrics, said: cri.FilesystemUsage)
     if said.timestamp and message.timestamp == said.timestamp:
         return
     message.timestamp = said.timestamp
-    fill_text(message, 'mountpoint', said.fs_id.mountpoint)
+    fill_text(message, 'mountpoint', utf8(said.fs_id.mountpoint))
     fill_wrapped(message, {name: getattr(said, name).value if said.HasField(name) else None
                            for name in ('used_bytes', 'inodes_used')})
 
@@ -2386,6 +2716,10 @@ def fill_from_cri(message: Any, said: Any) -> None:
     if message.ByteSize() != len(data):
         message.Clear()
         message.MergeFromString(data)
+    if BEYOND_SENSE_VARINT.search(data):
+        for field, wrapper in message.ListFields():
+            if field.type == field.TYPE_MESSAGE and wrapper.value >= BEYOND_SENSE:
+                message.ClearField(field.name)
 
 
 def fill_usage_from_cri(container: Container, stats: Optional[cri.ContainerStats]) -> None:
@@ -2410,6 +2744,10 @@ def fill_usage_from_cri(container: Container, stats: Optional[cri.ContainerStats
 
 # A statistics call may take longer than a cycle: a later cycle takes its answer, and none is started beside it.
 STATS_TIMEOUT_SECONDS, STATS_LONGEST_PAUSE_SECONDS = 10, 300
+# How long a cycle waits for an answer that only has the sizes of writable layers: the next one takes it as well.
+SIZES_PATIENCE_SECONDS = 0.25
+# How long pods stay in the snapshot as they were listed last.
+LIST_VALID_SECONDS = 600
 # How often the runtime is asked whether it is ready, and how many containers' exit codes it is asked for in a cycle.
 CONDITIONS_SECONDS, STATUSES_PER_CYCLE = 15, 32
 # How long after a kill the runtime may still learn that it was for want of memory.
@@ -2423,6 +2761,8 @@ class RuntimeState:
     """The runtime, what it has listed and said, and what to ask it next and when (monotonic clock)."""
 
     runtime: Optional[Runtime] = None
+    listed: Optional[wire.RuntimeMetrics] = None
+    listed_at = 0.0
     conditions: Dict[str, bool] = {}
     image_file_systems: Sequence[cri.FilesystemUsage] = ()
     conditions_due = sizes_due = 0.0
@@ -2430,48 +2770,62 @@ class RuntimeState:
     stats_call: Optional[Call] = None
     stats_timeouts = 0
     stats_due = 0.0
+    # The tree of groups, the ids that have none in it, and when to search for these again.
+    tree: Optional[CgroupTree] = None
+    unfound: Set[str] = frozenset()
+    search_due = 0.0
 
     def __init__(self, description: str = ''):
         # Of the runtime that was found last, for the log.
         self.description = description
         self.pods: Dict[str, Pod] = {}
-        self.search = GroupSearch()
 
 
 def forget_runtime(state: RuntimeState) -> None:
-    """Close the connection, so that the next cycle looks for a runtime again; what was listed stays."""
+    """Close the connection, so that the next cycle looks for a runtime again, and forget what this one has said; what
+    was listed stays."""
     if state.runtime:
         state.runtime.channel.close()
     state.runtime = state.stats_call = None
+    state.conditions, state.image_file_systems = {}, ()
+    state.conditions_due = state.sizes_due = state.stats_due = 0.0
+    state.stats_timeouts = 0
 
 
-def count_states(enum: Any, listed: Iterable[Any]) -> Dict[str, int]:
+def count_states(enum: Any, listed: Iterable[Any]) -> Counts:
     return collections.Counter(enum_name(enum, item.state) for item in listed)
 
 
-def fetch_stats(state: RuntimeState, cycle: Cycle) -> Dict[str, cri.ContainerStats]:
-    """The statistics by container id, or none. The first time-out may be chance; from the second on the runtime is left
-    alone for longer and longer. containerd before 2.1 fails the whole call when one container vanishes during it: it is
-    tried once more, at once."""
-    subject = 'container statistics'
+def start_stats(state: RuntimeState, cycle: Cycle) -> None:
+    """Begin the statistics call, unless it is under way or the runtime is left alone."""
     if state.stats_call is None and cycle.now < state.stats_due:
-        cycle.failed(subject, f'ListContainerStats: paused after {state.stats_timeouts} time-outs')
-        return {}
+        cycle.failed('container statistics', f'ListContainerStats: paused after {state.stats_timeouts} time-outs')
+    elif state.stats_call is None:
+        state.stats_call = start_call(state.runtime, 'ListContainerStats', STATS_TIMEOUT_SECONDS)
+
+
+def fetch_stats(state: RuntimeState, needed: bool, cycle: Cycle) -> Dict[str, cri.ContainerStats]:
+    """The statistics by container id, or none; hardly waited for where nothing but sizes is needed. The first time-out
+    may be chance; from the second on the runtime is left alone for longer and longer. containerd before 2.1 fails the
+    whole call when one container vanishes during it: it is tried once more, at once."""
+    subject = 'container statistics'
     for _ in range(2):
-        call = state.stats_call or start_call(state.runtime, 'ListContainerStats', STATS_TIMEOUT_SECONDS)
-        state.stats_call = call
+        start_stats(state, cycle)
+        call = state.stats_call
         # grpc's own waiting goes by the wall clock, which may be set meanwhile.
         finished = threading.Event()
         call.future.add_done_callback(lambda future: finished.set())
-        if not finished.wait(cycle.seconds_left()):
-            cycle.failed(subject, 'ListContainerStats: no answer in time')
-            return {}
+        patience = cycle.seconds_left() if needed else SIZES_PATIENCE_SECONDS if call.started >= cycle.now else 0
+        if not finished.wait(patience):
+            if needed or time.monotonic() > call.started + CRI_LONGEST_SECONDS:
+                cycle.failed(subject, 'ListContainerStats: no answer in time')
+            break
         state.stats_call = None
         try:
             stats = fetch_result(call.method, call.started, call.future.result, cycle).stats
             cycle.failures.pop(subject, None)
             state.stats_timeouts = 0
-            return {entry.attributes.id: entry for entry in stats}
+            return {utf8(entry.attributes.id): entry for entry in stats}
         except CriError as error:
             cycle.failed(subject, error)
             if error.code is grpc.StatusCode.DEADLINE_EXCEEDED:
@@ -2507,11 +2861,18 @@ def fetch_statuses(runtime: Runtime, containers: Iterable[Container], again: boo
             container.message.ClearField('status')
             container.asked_state = container.state
         try:
-            status = fetch_result(call.method, call.started, call.future.result, cycle).status
-            exited = status.state == cri.CONTAINER_EXITED
+            answer = fetch_result(call.method, call.started, call.future.result, cycle)
+            status = answer.status
+            if answer.HasField('status') and status.state != container.state:
+                # It has changed since the list.
+                container.asked_state = None
+                continue
+            # Go's zero time is below 0.
             fill(container.message.status, {
-                'started_at_ns': status.started_at or None, 'finished_at_ns': status.finished_at or None,
-                'exit_code': status.exit_code if exited else None, 'reason': status.reason or None})
+                'started_at_ns': status.started_at or None, 'finished_at_ns': status.finished_at or None})
+            if status.state == cri.CONTAINER_EXITED:
+                container.message.status.exit_code = status.exit_code
+            fill_known(container.message.status, reason=utf8(status.reason) or None)
         except CriError as error:
             # A container that is gone by now is no trouble.
             if error.code not in (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.UNKNOWN):
@@ -2525,7 +2886,7 @@ def fetch_health(state: RuntimeState, conditions_due: bool, sizes_due: bool, cyc
     try:
         if conditions_due:
             conditions = fetch(state.runtime, 'Status', cycle).status.conditions
-            state.conditions = {condition.type: condition.status for condition in conditions}
+            state.conditions = {utf8(condition.type): condition.status for condition in conditions}
     except CriError as error:
         cycle.failed('runtime health', error)
     try:
@@ -2535,14 +2896,15 @@ def fetch_health(state: RuntimeState, conditions_due: bool, sizes_due: bool, cyc
         cycle.failed('runtime health', error)
 
 
-def update_from_runtime(state: RuntimeState, roots: Roots, options: argparse.Namespace, message: wire.RuntimeMetrics,
-                        cycle: Cycle) -> bool:
+def update_from_runtime(state: RuntimeState, options: Options, cycle: Cycle) -> bool:
     """Bring the pods up to the runtime's lists; False where it does not answer. A runtime that is only late keeps its
     connection: each new one would wait in the socket of a stopped runtime."""
     if state.runtime and read_socket_inode(state.runtime.socket) != state.runtime.inode:
         forget_runtime(state)
+    cycle.current = 'container runtime'
     try:
-        runtime = state.runtime = state.runtime or find_runtime(collect_endpoints(roots, options.cri_socket), cycle)
+        runtime = state.runtime or find_runtime(*collect_endpoints(options.cri_socket, cycle), cycle)
+        state.runtime = runtime
         description = f'{runtime.name} {runtime.version} at {runtime.socket} ({runtime.service})'
         if description != state.description:
             log.info('container runtime: %s', description)
@@ -2555,36 +2917,56 @@ def update_from_runtime(state: RuntimeState, roots: Roots, options: argparse.Nam
             forget_runtime(state)
         return False
     update_pods(state.pods, sandboxes, containers)
-    message.MergeFrom(wire.RuntimeMetrics(
+    state.listed_at, state.listed = cycle.now, wire.RuntimeMetrics(
         name=runtime.name, version=runtime.version, socket=runtime.socket, service=runtime.service,
-        sandboxes=count_states(cri.PodSandboxState, sandboxes),
-        containers=count_states(cri.ContainerState, containers)))
+        listed_at_ns=time.time_ns(), sandboxes=count_states(cri.PodSandboxState, sandboxes),
+        containers=count_states(cri.ContainerState, containers))
     return True
 
 
-def collect_pods(metrics: wire.Metrics, roots: Roots, options: argparse.Namespace, state: RuntimeState,
-                 cycle: Cycle) -> None:
-    """The pods and the runtime's state. The runtime is asked for statistics only where no cgroup has them, and now and
-    then for the sizes of the writable layers, which nobody else knows."""
+def forget_gone(pods: Dict[str, Pod]) -> None:
+    """While the runtime does not answer, pods and running containers that had a group and have none are left out."""
+    for id in [id for id, pod in pods.items() if pod.message.HasField('qos_class') and pod.group is None]:
+        del pods[id]
+    for pod in pods.values():
+        remove_containers(pod, [container.message.id for container in pod.running()
+                                if container.group is None and container.message.stats_source == 'cgroup'])
+
+
+def fetch_details(state: RuntimeState, options: Options, message: wire.RuntimeMetrics,
+                  cycle: Cycle) -> Dict[str, cri.ContainerStats]:
+    """What else the runtime is asked: the statistics by container id, where no cgroup has them, and now and then for
+    the sizes of the writable layers, which nobody else knows; exit codes; whether it is ready."""
     conditions_due, sizes_due = cycle.now >= state.conditions_due, cycle.now >= state.sizes_due
-    cycle.subjects.update(RUNTIME_SUBJECTS)
-    message = metrics.node_metrics.container_runtime
-    if not update_from_runtime(state, roots, options, message, cycle):
-        metrics.node_metrics.ClearField('container_runtime')
-        return
-    if options.container_stats == 'cgroup':
-        collect_groups(state.pods, roots, state.search, cycle)
     containers = [container for pod in state.pods.values() for container in pod.containers.values()]
-    asked = state.stats_call or sizes_due or any(
-        container.group is None and container.state == cri.CONTAINER_RUNNING for container in containers)
-    stats = fetch_stats(state, cycle) if asked else {}
+    needed = any(container.group is None and container.state == cri.CONTAINER_RUNNING for container in containers)
+    if needed or sizes_due:
+        start_stats(state, cycle)
     fetch_statuses(state.runtime, containers, conditions_due, cycle)
     state.conditions_due = cycle.now + CONDITIONS_SECONDS if conditions_due else state.conditions_due
     state.sizes_due = cycle.now + options.fs_stats_interval if sizes_due else state.sizes_due
     fetch_health(state, conditions_due, sizes_due, cycle)
     message.conditions.update(state.conditions)
     fill_list(message.image_file_systems, state.image_file_systems, fill_file_system)
-    for container in containers:
+    return fetch_stats(state, needed, cycle) if state.stats_call else {}
+
+
+def collect_pods(metrics: wire.Metrics, options: Options, state: RuntimeState, cycle: Cycle) -> None:
+    """The pods and the runtime's state. While the runtime does not answer, they are those that it listed last, with
+    what the kernel says of them now."""
+    answers = update_from_runtime(state, options, cycle)
+    if not answers and cycle.now >= state.listed_at + LIST_VALID_SECONDS:
+        state.listed, state.pods = None, {}
+    if state.listed is None:
+        return
+    message = metrics.node_metrics.container_runtime
+    message.CopyFrom(state.listed)
+    if options.container_stats == 'cgroup':
+        collect_groups(state, cycle)
+    if not answers:
+        forget_gone(state.pods)
+    stats = fetch_details(state, options, message, cycle) if answers else {}
+    for container in (container for pod in state.pods.values() for container in pod.containers.values()):
         said = stats.get(container.message.id)
         # A layer with timestamp 0 is not measured yet (containerd's first 10 s).
         if said and said.writable_layer.timestamp:
@@ -2592,14 +2974,15 @@ def collect_pods(metrics: wire.Metrics, roots: Roots, options: argparse.Namespac
         if container.group:
             fill_usage_from_cgroup(container)
         else:
-            fill_usage_from_cri(container, said)
+            # CRI-O has numbers of one that was never started, too.
+            fill_usage_from_cri(container, said if container.state == cri.CONTAINER_RUNNING else None)
     messages = [pod.message for pod in state.pods.values()]
     messages.sort(key=lambda pod: (pod.namespace, pod.name, pod.created_at))
     for pod in messages:
         # extend() serialises and parses, in twice the time.
         metrics.pod_metrics.add().CopyFrom(pod)
-    endpoints = () if state.pods else collect_endpoints(roots, options.cri_socket)
-    if any(path != state.runtime.socket and read_socket_inode(path) for path in endpoints):
+    paths = collect_endpoints(options.cri_socket, cycle)[0] if answers and not state.pods else ()
+    if any(path != state.runtime.socket and read_socket_inode(path) for path in paths):
         # A second runtime may have come up that has the sandboxes (k3s's after Docker's).
         forget_runtime(state)
 
@@ -2742,10 +3125,10 @@ class Backlog:
         self.retention_seconds, self.max_bytes = retention_seconds, max_bytes
         self.spool, self.spool_max_bytes = spool, spool_max_bytes
         self.snapshots: Deque[Snapshot] = collections.deque()
-        self.boot_id = (read_line('/proc', 'sys/kernel/random/boot_id') or '').encode()[:36].ljust(36)
+        self.boot_id = (read_line(BOOT_ID) or '').encode()[:36].ljust(36)
         self.changed = threading.Condition()
         self.closing = threading.Event()
-        self.dropped: Dict[str, int] = dict.fromkeys(DROP_CAUSES, 0)
+        self.dropped: Counts = dict.fromkeys(DROP_CAUSES, 0)
 
 
 def append_snapshot(backlog: Backlog, snapshot: Snapshot) -> None:
@@ -2787,7 +3170,7 @@ def load_spool(backlog: Backlog) -> None:
         log.warning('spool: %s: damaged records, dropped: %d, the first %s', backlog.spool, len(reasons), reasons[0])
 
 
-def drop_excess(backlog: Backlog, now: float) -> Dict[str, str]:
+def drop_excess(backlog: Backlog, now: float) -> Failures:
     """Drop the oldest beyond the retention and the sizes; what was dropped, by subject. The caller has the lock."""
     failures = {}
     while backlog.snapshots and now - backlog.snapshots[0].taken > backlog.retention_seconds:
@@ -2801,7 +3184,7 @@ def drop_excess(backlog: Backlog, now: float) -> Dict[str, str]:
     return failures
 
 
-def add_snapshot(backlog: Backlog, data: bytes) -> Dict[str, str]:
+def add_snapshot(backlog: Backlog, data: bytes) -> Failures:
     """Put a snapshot at the end; what went wrong, by subject. One that waits behind others is compressed; one that the
     disk does not take stays in memory."""
     now, failures, stored = time.monotonic(), {}, data
@@ -3171,22 +3554,22 @@ class AgentStats:
     def __init__(self) -> None:
         self.run_id = os.urandom(8).hex()
         self.started = time.monotonic()
-        self.failures: Dict[str, int] = collections.Counter(bug=0)
+        self.failures: Counts = collections.Counter(bug=0)
         self.calls: Dict[str, wire.CriMethodMetrics] = {}
 
 
 def collect_agent(message: wire.AgentMetrics, stats: AgentStats, backlog: Optional[Backlog], timestamp_ns: int) -> None:
     """The agent's own processes and counters; always from its own /proc."""
-    now, statm = time.monotonic(), read_bytes('/proc', 'self/statm')
+    now, statm = time.monotonic(), read_bytes('/proc/self/statm')
     if now >= stats.open_files_due:
         # Listing them takes 1 µs each. At random times: not in one cycle with what else is done once a minute.
-        stats.open_files = len(read_names('/proc', 'self/fd')) or None
+        stats.open_files = len(os.listdir('/proc/self/fd')) or None
         stats.open_files_due = now + random.uniform(0.5, 1) * SELDOM_SECONDS
     message.MergeFrom(wire.AgentMetrics(
         run_id=stats.run_id, sequence=stats.sequence, timestamp_ns=timestamp_ns, version=__version__,
         uptime_seconds=now - stats.started, cpu_seconds_total=time.process_time(),
         resident_bytes=parse_statm(statm) * PAGE_SIZE_BYTES if statm else None,
-        threads=len(read_names('/proc', 'self/task')) or None, open_files=stats.open_files,
+        threads=len(os.listdir('/proc/self/task')) or None, open_files=stats.open_files,
         cycles_total=stats.cycles, skipped_ticks_total=stats.skipped_ticks, collection_seconds=stats.collection_seconds,
         failures_total=dict(stats.failures), cri_methods=[stats.calls[method] for method in sorted(stats.calls)]))
     if backlog:
@@ -3203,19 +3586,19 @@ def collect_agent(message: wire.AgentMetrics, stats: AgentStats, backlog: Option
 class State:
     """What lives from cycle to cycle, by side."""
 
-    def __init__(self) -> None:
-        self.node = NodeState()
+    def __init__(self, top_n: int):
+        self.node = NodeState(top_n)
         self.runtime = RuntimeState()
 
 
-def collect_snapshot(roots: Roots, options: argparse.Namespace, state: State, stats: AgentStats,
-                     backlog: Optional[Backlog] = None) -> Tuple[wire.Metrics, Dict[str, str]]:
+def collect_snapshot(roots: Roots, options: Options, state: State, stats: AgentStats,
+                     backlog: Optional[Backlog] = None) -> Tuple[wire.Metrics, Failures]:
     """One Metrics message, and by subject what failed."""
-    timestamp_ns, cycle = time.time_ns(), Cycle(options.main_loop_duration, stats.calls)
+    timestamp_ns, cycle = time.time_ns(), Cycle(roots, options.main_loop_duration, stats.calls)
     metrics = wire.Metrics(timestamp=timestamp_ns // 10**9)
-    collect_node(metrics.node_metrics, roots, state.node, options.top_n, cycle)
+    collect_node(metrics.node_metrics, state.node, cycle)
     try:
-        collect_pods(metrics, roots, options, state.runtime, cycle)
+        collect_pods(metrics, options, state.runtime, cycle)
     except (ValueError, OSError) as error:
         cycle.failed('container runtime', f'unintelligible: {error}')
         metrics.node_metrics.ClearField('container_runtime')
@@ -3223,14 +3606,14 @@ def collect_snapshot(roots: Roots, options: argparse.Namespace, state: State, st
         state.runtime = RuntimeState(state.runtime.description)
     stats.sequence += 1
     # Each count is there with 0 before it rises: a counter that begins with 1 has no rate.
-    stats.failures.update(dict.fromkeys(cycle.subjects | cycle.failures.keys(), 0))
+    stats.failures.update(dict.fromkeys((*NODE_SUBJECTS, *RUNTIME_SUBJECTS, *cycle.failures), 0))
     collect_agent(metrics.agent_metrics, stats, backlog, timestamp_ns)
     stats.failures.update(cycle.failures.keys())
     stats.cycles, stats.collection_seconds = stats.cycles + 1, time.monotonic() - cycle.now
     return metrics, cycle.failures
 
 
-def log_changes(previous: Dict[str, str], failures: Dict[str, str]) -> None:
+def log_changes(previous: Failures, failures: Failures) -> None:
     """A trouble is logged when it begins and when it ends."""
     for subject in sorted(failures.keys() - previous.keys()):
         log.warning('%s: %s', subject, failures[subject])
@@ -3461,7 +3844,7 @@ def table_row(pod: wire.PodMetrics, container: wire.ContainerMetrics, previous_p
         *(per_second(total_of(old, field), total_of(new, field), seconds) for old, new, field in (
             (old_counters, counters, 'rx_bytes'), (old_counters, counters, 'tx_bytes'),
             (old_devices, devices, 'rbytes'), (old_devices, devices, 'wbytes'))),
-        container.image)
+        container.user_specified_image or container.image)
 
 
 def table_rows(previous: Optional[wire.Metrics], metrics: wire.Metrics, seconds: float, view: View) -> List[TableRow]:
@@ -3739,7 +4122,6 @@ FILE_SYSTEM_SAMPLES = (
     # glibc fills f_favail with f_ffree.
     ('node_filesystem_files_free', 'Free inodes.', 'inodes_free'),
     ('node_filesystem_readonly', 'Whether the file system is read-only.', 'read_only'),
-    ('node_filesystem_device_error', 'Whether statvfs does not return.', 'stuck'),
 )
 INTERFACE_SAMPLES = (
     ('node_network_carrier', 'Whether the interface has a carrier.', 'carrier'),
@@ -3869,12 +4251,15 @@ def node_families(node: wire.NodeMetrics) -> List[Family]:
         *map_families(node),
         *families_of(DISK_SAMPLES, [({'device': disk.device}, disk) for disk in node.diskstats]),
         *families_of(FILE_SYSTEM_SAMPLES, file_systems),
+        Family('node_filesystem_device_error', 'Whether statvfs fails or does not return.', [
+            (labels, disk.stuck or disk.HasField('error')) for labels, disk in file_systems]),
         *families_of(INTERFACE_SAMPLES, interfaces)]
 
 
 def pod_families(pods: Sequence[wire.PodMetrics]) -> List[Family]:
-    """The last pod of each name: while a static pod is replaced, its sandbox may be there twice."""
-    present = {(pod.namespace, pod.name): pod for pod in sorted(pods, key=lambda pod: pod.created_at)}
+    """Of the sandboxes of one name, of which there are two while one is replaced, the last in which something runs."""
+    present = {(pod.namespace, pod.name): pod for pod in sorted(pods, key=lambda pod: (
+        any(container.state == 'CONTAINER_RUNNING' for container in pod.container_metrics), pod.created_at))}
     by_pod = [({'namespace': namespace, 'pod': name}, pod) for (namespace, name), pod in present.items()]
     containers = [({**labels, 'container': container.name}, container) for labels, pod in by_pod
                   for container in present_containers(pod)]
@@ -3884,7 +4269,8 @@ def pod_families(pods: Sequence[wire.PodMetrics]) -> List[Family]:
             ({**labels, 'qos_class': pod.qos_class, 'host_network': str(pod.host_network).lower()}, 1)
             for labels, pod in by_pod]),
         Family('kubensage_container_info', 'What the container is.', [
-            ({**labels, 'image': container.image, 'state': container.state, 'reason': container.status.reason}, 1)
+            ({**labels, 'image': container.user_specified_image or container.image, 'state': container.state,
+              'reason': container.status.reason}, 1)
             for labels, container in containers]),
         Family('container_memory_failures_total', 'Page faults by type.', [
             ({**labels, 'failure_type': kind, 'scope': 'container'}, getattr(cgroup.memory.stat, kind))
@@ -3904,12 +4290,14 @@ def own_families(metrics: wire.Metrics) -> List[Family]:
     agent, runtime = metrics.agent_metrics, metrics.node_metrics.container_runtime
     services = [({'service': service.name}, service.cgroup) for service in metrics.node_metrics.services]
     counts = (
-        ('kubensage_agent_failures_total', 'Cycles in which a subject failed.', 'subject', agent.failures_total),
         ('kubensage_backlog_dropped_total', 'Snapshots that were not delivered.', 'cause', agent.backlog.dropped_total),
         ('kubensage_runtime_condition', 'Whether the runtime reports this condition.', 'condition', runtime.conditions),
         ('kubensage_runtime_sandboxes', 'Pod sandboxes by state.', 'state', runtime.sandboxes),
         ('kubensage_runtime_containers', 'Containers by state.', 'state', runtime.containers))
     return [
+        Family('kubensage_agent_failures_total', 'Cycles in which a file, or all, of a subject failed.', [
+            ({'subject': subject, 'file': file}, count) for key, count in sorted(agent.failures_total.items())
+            for subject, _, file in [key.partition(': ')]]),
         Family('kubensage_agent_info', 'The agent.', [({'version': agent.version}, 1)]),
         Family('kubensage_snapshot_timestamp_seconds', 'When the snapshot was taken.', [({}, metrics.timestamp)]),
         Family('kubensage_runtime_info', 'The container runtime.', [
@@ -4119,7 +4507,7 @@ class LogFile(logging.handlers.RotatingFileHandler):
                     opener=open_log_file)
 
 
-def log_file_handler(options: argparse.Namespace, path: str) -> logging.Handler:
+def log_file_handler(options: Options, path: str) -> logging.Handler:
     """Appends to the file; at --log-max-size it becomes PATH.1.gz, and so on. OSError where it cannot be written, or
     where another user owns a symbolic link on the way to it."""
     directory = os.path.dirname(os.path.abspath(path))
@@ -4146,7 +4534,7 @@ def one_line(record: logging.LogRecord) -> bool:
     return True
 
 
-def set_up_log(options: argparse.Namespace) -> None:
+def set_up_log(options: Options) -> None:
     """To stderr; with a relay, where nobody may be watching, to a file as well. stdout belongs to the snapshots."""
     logging.Formatter.converter = time.gmtime
     os.umask(0o027)
@@ -4240,7 +4628,8 @@ FLAGS: Dict[str, Dict[str, Any]] = {
     '--print-daemonset': dict(BOOLEAN, default=False,
                               help='print a Kubernetes manifest for this command line, and exit'),
     '--container-stats': dict(choices=('cgroup', 'cri'), default='cgroup',
-                              help="where the containers' CPU, memory and swap come from"),
+                              help="where the containers' CPU, memory and swap come from; with cri no cgroup and no "
+                                   'network of a pod is read'),
     '--fs-stats-interval': dict(
         type=number_from(1, 'a number of seconds, 1 or more', float), default=60, metavar='SECONDS',
         help='how often to ask the runtime for the sizes of images and writable layers'),
@@ -4293,7 +4682,7 @@ def variable_of(flag: str) -> str:
     return 'KUBENSAGE_' + flag[2:].upper().replace('-', '_')
 
 
-def choose_output(options: argparse.Namespace, given: Iterable[str], terminal: bool) -> None:
+def choose_output(options: Options, given: Iterable[str], terminal: bool) -> None:
     """Where snapshots go without --output: to the relay or to Prometheus if there are any, otherwise to the live view
     on a terminal, otherwise to programs."""
     served = bool(options.relay_address or options.listen)
@@ -4305,9 +4694,9 @@ def choose_output(options: argparse.Namespace, given: Iterable[str], terminal: b
 
 
 def parse_options(arguments: Sequence[str], environment: Mapping[str, str],
-                  terminal: bool = False) -> argparse.Namespace:
+                  terminal: bool = False) -> Options:
     """Flags from the environment first, so that those of the command line win. An empty variable is none."""
-    parser, options = argument_parser(), argparse.Namespace()
+    parser, options = argument_parser(), Options()
     present = [flag for flag in FLAGS if environment.get(variable_of(flag))]
     for flag in present:
         variable = variable_of(flag)
@@ -4520,7 +4909,7 @@ spec:
 ONE_SHOT_FLAGS = ('--print-unit', '--print-daemonset', '--once', '--output')
 
 
-def given_flags(options: argparse.Namespace, arguments: Sequence[str]) -> Dict[str, str]:
+def given_flags(options: Options, arguments: Sequence[str]) -> Dict[str, str]:
     """The flags on the command line, without those that say what to do now; files by their absolute paths."""
     named = {argument.partition('=')[0] for argument in arguments} - set(ONE_SHOT_FLAGS)
     given = {}
@@ -4538,7 +4927,7 @@ def systemd_quote(argument: str) -> str:
     return text if re.fullmatch(r'[^\s"\';]+', text) else f'"{text}"'
 
 
-def render_unit(options: argparse.Namespace, interpreter: str, program: str, arguments: Sequence[str]) -> str:
+def render_unit(options: Options, interpreter: str, program: str, arguments: Sequence[str]) -> str:
     """A unit that runs this program with these flags; the spool, which survives a restart, is on."""
     flags = given_flags(options, arguments)
     if options.relay_address:
@@ -4551,7 +4940,7 @@ def render_unit(options: argparse.Namespace, interpreter: str, program: str, arg
                        watchdog_seconds=watchdog_seconds)
 
 
-def render_daemonset(options: argparse.Namespace, arguments: Sequence[str], socket_path: str) -> str:
+def render_daemonset(options: Options, arguments: Sequence[str], socket_path: str) -> str:
     """A manifest that runs the archive on every node, the flags given as environment variables."""
     listen = options.listen or DAEMONSET_LISTEN
     flags = {**given_flags(options, arguments), '--listen': listen, '--procfs': '/host/proc', '--sysfs': '/host/sys',
@@ -4566,12 +4955,12 @@ def render_daemonset(options: argparse.Namespace, arguments: Sequence[str], sock
         socket_directory=os.path.dirname(socket_path))
 
 
-def print_service(options: argparse.Namespace, arguments: Sequence[str], roots: Roots) -> int:
+def print_service(options: Options, arguments: Sequence[str], roots: Roots) -> int:
     if options.print_unit:
         program = getattr(globals().get('__loader__'), 'archive', None) or __file__
         text = render_unit(options, sys.executable, os.path.abspath(program), arguments)
     else:
-        endpoints = collect_endpoints(roots, options.cri_socket)
+        endpoints = collect_endpoints(options.cri_socket, Cycle(roots, 1, {}))[0]
         present = [path for path in endpoints if read_socket_inode(path)]
         text = render_daemonset(options, arguments, (present or (endpoints if options.cri_socket else CRI_SOCKETS))[0])
     sys.stdout.write(text)
@@ -4652,7 +5041,7 @@ def next_tick(start: float, interval: float, now: float) -> float:
     return start + interval * (math.floor((now - start) / interval) + 1)
 
 
-def open_backlog(options: argparse.Namespace) -> Backlog:
+def open_backlog(options: Options) -> Backlog:
     """The backlog, with what earlier runs have left in the spool. Without a usable spool, it is in memory."""
     retention_seconds, max_bytes = options.buffer_retention * 60, options.buffer_max_size * 1e6
     if options.spool_dir:
@@ -4667,11 +5056,11 @@ def open_backlog(options: argparse.Namespace) -> Backlog:
     return Backlog(retention_seconds, max_bytes)
 
 
-def relay_from(options: argparse.Namespace) -> Relay:
+def relay_from(options: Options) -> Relay:
     return Relay(*(getattr(options, f'relay_{field}') for field in Relay._fields))
 
 
-def open_sinks(options: argparse.Namespace, closing: contextlib.ExitStack) -> Sinks:
+def open_sinks(options: Options, closing: contextlib.ExitStack) -> Sinks:
     """As the options say; what has to be closed is closed with `closing`, in the opposite order."""
     backlog = published = live = None
     if options.listen:
@@ -4708,7 +5097,7 @@ def show(previous: Optional[wire.Metrics], metrics: wire.Metrics, output: str) -
     sys.stdout.flush()
 
 
-def hand_over(previous: Optional[wire.Metrics], metrics: wire.Metrics, sinks: Sinks) -> Dict[str, str]:
+def hand_over(previous: Optional[wire.Metrics], metrics: wire.Metrics, sinks: Sinks) -> Failures:
     """A snapshot to each sink; what went wrong, by subject."""
     if sinks.published:
         sinks.published.metrics, sinks.published.taken = metrics, time.monotonic()
@@ -4726,9 +5115,9 @@ def hand_over(previous: Optional[wire.Metrics], metrics: wire.Metrics, sinks: Si
     return failures
 
 
-def run_once(roots: Roots, options: argparse.Namespace) -> int:
+def run_once(roots: Roots, options: Options) -> int:
     """Two samples, the second of which counts. 1 when a relay was named and has not acknowledged it."""
-    stats, state, began = AgentStats(), State(), time.monotonic()
+    stats, state, began = AgentStats(), State(options.top_n), time.monotonic()
     first, _ = collect_snapshot(roots, options, state, stats)
     time.sleep(max(ONCE_PAUSE_SECONDS, began + ONCE_INTERVAL_SECONDS - time.monotonic()))
     stats.sequence = 0
@@ -4747,8 +5136,8 @@ def run_once(roots: Roots, options: argparse.Namespace) -> int:
     return 0 if backlog.acknowledged_number == number else 1
 
 
-def run_cycle(roots: Roots, options: argparse.Namespace, state: State, stats: AgentStats, sinks: Sinks,
-              previous: Optional[wire.Metrics]) -> Tuple[Optional[wire.Metrics], Dict[str, str]]:
+def run_cycle(roots: Roots, options: Options, state: State, stats: AgentStats, sinks: Sinks,
+              previous: Optional[wire.Metrics]) -> Tuple[Optional[wire.Metrics], Failures]:
     """One snapshot, taken and handed over; the snapshot where the next one is compared with it, and what went wrong."""
     metrics, failures = collect_snapshot(roots, options, state, stats, sinks.backlog)
     failures.update(hand_over(previous, metrics, sinks))
@@ -4756,10 +5145,10 @@ def run_cycle(roots: Roots, options: argparse.Namespace, state: State, stats: Ag
     return metrics if sinks.live or sinks.output == 'table' else None, failures
 
 
-def run_loop(roots: Roots, options: argparse.Namespace) -> int:
+def run_loop(roots: Roots, options: Options) -> int:
     """A snapshot each interval, until a signal; then one last attempt to deliver what is left."""
     descriptor, stats, interval = install_signals(options.live), AgentStats(), options.main_loop_duration
-    state, previous, troubles, late, tick, stopped = State(), None, {}, {}, time.monotonic(), False
+    state, previous, troubles, late, tick, stopped = State(options.top_n), None, {}, {}, time.monotonic(), False
     with contextlib.ExitStack() as closing:
         sinks = open_sinks(options, closing)
         while not stopped:
@@ -4775,7 +5164,7 @@ def run_loop(roots: Roots, options: argparse.Namespace) -> int:
                 stats.failures['bug'] += 1
                 # What was half written goes.
                 forget_runtime(state.runtime)
-                state = State()
+                state = State(options.top_n)
             last, tick = tick, next_tick(tick, interval, time.monotonic())
             skipped = round((tick - last) / interval) - 1
             stats.skipped_ticks += skipped
