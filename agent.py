@@ -2416,6 +2416,7 @@ class Container:
     state: Optional[int] = None
     path: Optional[str] = None
     group: Optional[Group] = None
+    had_group = False
     cpu: Optional[UsageSample] = None
     asked_state: Optional[int] = None
 
@@ -2430,6 +2431,7 @@ class Pod:
     state: Optional[int] = None
     path: Optional[str] = None
     group: Optional[Group] = None
+    had_group = False
     pid: Optional[str] = None
     net_dev: Optional[bytes] = None
 
@@ -2544,7 +2546,7 @@ def update_pods(pods: Dict[str, Pod], sandboxes: Iterable[cri.PodSandbox], conta
 
 def forget_group(pod: Pod, owner: Any) -> None:
     """The group of the pod, or of one of its containers, is gone or is not to be read."""
-    owner.group = None
+    owner.group, owner.had_group = None, True
     owner.message.ClearField('cgroup')
     renew_pod(pod)
 
@@ -2558,7 +2560,7 @@ def fill_pod_interface(message: wire.PodInterface, interface: Tuple[str, Counts]
 def collect_process_network(pod: Pod, pid: str, cycle: Cycle) -> bool:
     """The interfaces that a process of the pod sees, without lo; those of a pod in the node's network are not its own.
     False where the process has no network, as a zombie."""
-    message, same = pod.message, pid == pod.pid
+    message, same, failed_before = pod.message, pid == pod.pid, cycle.failed_reads
     if same and message.host_network:
         return True
     net_dev = cycle.read(f'/proc/{pid}/net/dev', None, read_bytes)
@@ -2574,7 +2576,7 @@ def collect_process_network(pod: Pod, pid: str, cycle: Cycle) -> bool:
         counters = cycle.parsed(path, said.decode(errors='replace'), parse_net_dev) or {}
         interfaces = [item for item in counters.items() if item[0] != 'lo']
         fill_list(message.network_interfaces, interfaces, fill_pod_interface)
-    pod.pid, pod.net_dev = pid, net_dev
+    pod.pid, pod.net_dev = pid, net_dev if cycle.failed_reads == failed_before else None
     return True
 
 
@@ -2926,11 +2928,11 @@ def update_from_runtime(state: RuntimeState, options: Options, cycle: Cycle) -> 
 
 def forget_gone(pods: Dict[str, Pod]) -> None:
     """While the runtime does not answer, pods and running containers that had a group and have none are left out."""
-    for id in [id for id, pod in pods.items() if pod.message.HasField('qos_class') and pod.group is None]:
+    for id in [id for id, pod in pods.items() if pod.had_group and pod.group is None]:
         del pods[id]
     for pod in pods.values():
         remove_containers(pod, [container.message.id for container in pod.running()
-                                if container.group is None and container.message.stats_source == 'cgroup'])
+                                if container.had_group and container.group is None])
 
 
 def fetch_details(state: RuntimeState, options: Options, message: wire.RuntimeMetrics,
