@@ -513,7 +513,7 @@ def parse_flat_keyed(text: str) -> Counts:
 
 # Longer than any file of a cgroup; io.stat has some 100 bytes a device.
 OPEN_FILE_BYTES = 1 << 16
-# The files of 2,500 cgroups, which cost the kernel 147 MB.
+# The files of 1,900 cgroups, which cost the kernel 147 MB.
 MAX_OPEN_FILES = 1 << 15
 # What the rest of the agent may need: connections, the spool, files that are read once.
 SPARE_DESCRIPTORS = 256
@@ -707,11 +707,6 @@ class Cycle:
 
     def seconds_left(self) -> float:
         return max(CRI_SHORTEST_SECONDS, self.deadline - time.monotonic())
-
-    def due_again(self, first: bool) -> float:
-        """When to read again what is read seldom; at first after a random share of that time, so that not everything
-        falls due in one cycle."""
-        return self.now + SELDOM_SECONDS * (random.random() if first else 1)
 
 
 # --- CPU
@@ -1380,7 +1375,9 @@ def collect_pod_side(name: str, packets: int, link: Link, cycle: Cycle) -> wire.
     if cycle.now >= link.due or packets < link.packets:
         link.message, failed_before = wire.InterfaceStat(name=name), cycle.failed_reads
         collect_link(link.message, cycle)
-        link.due = cycle.due_again(first=not link.due) if cycle.failed_reads == failed_before else 0.0
+        # At first after a random share of that time, so that not everything falls due in one cycle.
+        seconds = SELDOM_SECONDS * (1 if link.due else random.random())
+        link.due = cycle.now + seconds if cycle.failed_reads == failed_before else 0.0
     link.packets = packets
     return link.message
 
@@ -1699,19 +1696,16 @@ def parse_uptime(text: str) -> int:
     return int(parse_number(text.split()[0], float))
 
 
-def is_placeholder(digits: str) -> bool:
-    """Whether 32 hexadecimal digits are what a board's maker left instead of a UUID: one digit, a sequence, or bytes
-    that count (03000200-0400-0500-0006-000700080009)."""
-    numbers = [int(digit, 16) for digit in digits]
-    steps = sum((after - before) % 16 in (0, 1) for before, after in zip(numbers, numbers[1:]))
-    return steps >= PLACEHOLDER_STEPS or not any(numbers[::2])
-
-
 def parse_uuid(text: str) -> Optional[str]:
-    """A UUID as 8-4-4-4-12, from product_uuid, machine-id (which has no dashes) or boot_id; None for a placeholder, and
-    for a word (`Not Settable`, `uninitialized`)."""
+    """A UUID as 8-4-4-4-12, from product_uuid, machine-id (which has no dashes) or boot_id; None for a word (`Not
+    Settable`, `uninitialized`), and for what a board's maker left in its place: one digit, a sequence, or bytes that
+    count (03000200-0400-0500-0006-000700080009)."""
     match = UUID.fullmatch(text.lower())
-    return '-'.join(match.groups()) if match and not is_placeholder(''.join(match.groups())) else None
+    if match is None:
+        return None
+    digits = [int(digit, 16) for digit in ''.join(match.groups())]
+    steps = sum((after - before) % 16 in (0, 1) for before, after in zip(digits, digits[1:]))
+    return '-'.join(match.groups()) if steps < PLACEHOLDER_STEPS and any(digits[::2]) else None
 
 
 def platform(files: Mapping[str, str], release: Mapping[str, str], lsb: Mapping[str, str]) -> Tuple[str, str]:
@@ -1727,18 +1721,20 @@ def platform(files: Mapping[str, str], release: Mapping[str, str], lsb: Mapping[
     return RELEASE_FILES[name] or first, version.group(1) if version else files[name]
 
 
-def collect_identity(identity: wire.NodeMetrics, cycle: Cycle) -> None:
-    """What does not change while the agent lives: read until it is known. The host id stays when the host is renamed:
+def collect_system(node: wire.NodeMetrics, state: NodeState, cycle: Cycle) -> None:
+    """What does not change while the agent lives is read until it is known. The host id stays when the host is renamed:
     the machine's, else the installation's, else at least this boot's. /proc/sys/kernel/arch came with Linux 6.1;
     before, uname(2) tells, unless the tree is another machine's."""
+    identity = state.identity
     if not identity.platform:
         files = {name: cycle.read_line(f'/etc/{name}') for name in RELEASE_FILES}
         release, lsb = (cycle.read(path, parse_os_release) or {} for path in ('/etc/os-release', '/etc/lsb-release'))
         release = release or cycle.read('/usr/lib/os-release', parse_os_release) or {}
         name, version = platform(files, release, lsb)
-        family = next((family for family, names in PLATFORM_FAMILIES.items() if name in names.split()), '')
-        fill_known(identity, **{field: text for field, text in (
-            ('platform', name), ('platform_family', family), ('platform_version', version)) if text})
+        if name == 'debian' and os.path.exists(cycle.path('/usr/bin/raspi-config')):
+            name = 'raspbian'
+        family = next((family for family, names in PLATFORM_FAMILIES.items() if name in names.split()), None)
+        fill_known(identity, platform=name or None, platform_family=family, platform_version=version or None)
     if not identity.host_id:
         ids = (cycle.read_line(path, parse_uuid) for path in HOST_IDS)
         fill_known(identity, host_id=next(filter(None, ids), None))
@@ -1748,11 +1744,7 @@ def collect_identity(identity: wire.NodeMetrics, cycle: Cycle) -> None:
         fill_known(identity, kernel_arch=cycle.read_line('/proc/sys/kernel/arch')
                    or (os.uname().machine if cycle.reads_this_machine() else None))
     fill_known(identity, os='linux', hostname=cycle.read_line('/proc/sys/kernel/hostname'))
-
-
-def collect_system(node: wire.NodeMetrics, state: NodeState, cycle: Cycle) -> None:
-    collect_identity(state.identity, cycle)
-    node.MergeFrom(state.identity)
+    node.MergeFrom(identity)
     fill_known(node, uptime=cycle.read_line('/proc/uptime', parse_uptime))
 
 
@@ -1761,10 +1753,10 @@ def collect_system(node: wire.NodeMetrics, state: NodeState, cycle: Cycle) -> No
 # cgroup v1 says "no limit" with the largest multiple of a page below 2**63.
 V1_NO_LIMIT_BYTES = 2**63 - 65536
 # When a file is read. MARKER: in each cycle. While no marker changes, no process of the group has run, waited or done
-# I/O, and nobody has taken memory from it. USUAL: when a marker has changed. LIMIT: once in LIMIT_SECONDS. SELDOM: once
-# in SELDOM_SECONDS, and when a limit has changed.
-MARKER, USUAL, LIMIT, SELDOM = range(4)
-LIMIT_SECONDS = 15
+# I/O, and nobody has taken memory from it. USUAL: when a marker has changed. LIMIT: once in
+# LIMITS_SECONDS, with all others.
+MARKER, USUAL, LIMIT = range(3)
+LIMITS_SECONDS = 15
 
 
 class CgroupTree(NamedTuple):
@@ -1792,11 +1784,11 @@ class GroupFile(NamedTuple):
 
 
 class Group:
-    """A cgroup that is read in each cycle: its open files, when its LIMIT files and all its files are due and when it
-    was read (monotonic clock), whether it had changed then, and on v1 what was in its files. Of what each file said it
-    keeps a hash: the texts of 440 groups take 1.2 MB."""
+    """A cgroup that is read in each cycle: its open files, when all of them are due and when it was read (monotonic
+    clock), whether it had changed then, and on v1 what was in its files. Of what each file said it keeps a hash: the
+    texts of 440 groups take 1.2 MB."""
 
-    limits_due = due = 0.0
+    due = 0.0
     clock_ns = 0
     changed = False
 
@@ -1898,11 +1890,11 @@ GROUP_FILES = {version: [GroupFile(*file) for file in files] for version, files 
     ('memory.events', parse_flat_keyed, USUAL),
     ('pids.current', parse_single, USUAL),
     ('cpu.max', parse_cpu_max, LIMIT),
+    ('cpu.weight', parse_single, LIMIT),
     ('memory.max', parse_single, LIMIT),
-    ('cpu.weight', parse_single, SELDOM),
-    ('memory.high', parse_single, SELDOM),
-    ('memory.swap.max', parse_single, SELDOM),
-    ('pids.max', parse_single, SELDOM),
+    ('memory.high', parse_single, LIMIT),
+    ('memory.swap.max', parse_single, LIMIT),
+    ('pids.max', parse_single, LIMIT),
 ), 1: (
     ('cpuacct/cpuacct.usage', parse_single, MARKER),
     ('memory/memory.usage_in_bytes', parse_single, MARKER),
@@ -1921,11 +1913,11 @@ GROUP_FILES = {version: [GroupFile(*file) for file in files] for version, files 
     ('memory/memory.oom_control', parse_flat_keyed, USUAL),
     ('pids/pids.current', parse_single, USUAL),
     ('cpu/cpu.cfs_quota_us', parse_single, LIMIT),
+    ('cpu/cpu.cfs_period_us', parse_single, LIMIT),
+    ('cpu/cpu.shares', parse_single, LIMIT),
     ('memory/memory.limit_in_bytes', parse_single, LIMIT),
-    ('cpu/cpu.cfs_period_us', parse_single, SELDOM),
-    ('cpu/cpu.shares', parse_single, SELDOM),
-    ('memory/memory.memsw.limit_in_bytes', parse_single, SELDOM),
-    ('pids/pids.max', parse_single, SELDOM),
+    ('memory/memory.memsw.limit_in_bytes', parse_single, LIMIT),
+    ('pids/pids.max', parse_single, LIMIT),
 )}.items()}
 
 
@@ -2000,19 +1992,19 @@ def fill_group_file(message: wire.CgroupMetrics, name: str, value: Any) -> None:
 
 # By name the path of the field. v1 has cpu.shares, which v2 lacks.
 GROUP_PLACES = {name: name.split('.') for name in ('cpu.shares', *(file.name for file in GROUP_FILES[2]))}
-# How many of the files are markers, how many are read often, and how many stay open.
-MARKERS, OFTEN, OPEN = ({version: sum(file.when <= when for file in files) for version, files in GROUP_FILES.items()}
-                        for when in (MARKER, USUAL, LIMIT))
+# How many of the files are markers, and how many are read when one of these has changed.
+MARKERS, OFTEN = ({version: sum(file.when <= when for file in files) for version, files in GROUP_FILES.items()}
+                  for when in (MARKER, USUAL))
 
 
 def open_group(tree: CgroupTree, group: Group) -> OpenFiles:
-    """Open what is not open yet: all of the group's files that stay open, or those that were absent."""
-    files = group.files if group.files.descriptors else OpenFiles(OPEN[tree.version])
-    for number, file in enumerate(GROUP_FILES[tree.version][:OPEN[tree.version]]):
+    """Open what is not open yet: all of the group's files, or those that were absent or failed."""
+    files = group.files if group.files.descriptors else OpenFiles(len(GROUP_FILES[tree.version]))
+    for number, file in enumerate(GROUP_FILES[tree.version]):
         if files.descriptors[number] is None:
-            # One that fails is read in the old way below, which says why.
             with contextlib.suppress(OSError):
-                files.descriptors[number] = os.open(tree.file_path(group.path, file.name), os.O_RDONLY | os.O_CLOEXEC)
+                path = tree.file_path(group.path, file.name)
+                files.descriptors[number] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     return files
 
 
@@ -2022,15 +2014,11 @@ def read_group(tree: CgroupTree, group: Group, cycle: Cycle) -> Optional[List[An
     due, count = cycle.now >= group.due or not group.hashes, MARKERS[tree.version]
     files = open_group(tree, group) if due or not group.files.descriptors else group.files
     markers = read_open_files(files.descriptors[:count])
-    if not due and cycle.now >= group.limits_due:
-        limits, group.limits_due = slice(OFTEN[tree.version], OPEN[tree.version]), cycle.now + LIMIT_SECONDS
-        due = list(map(hash, read_open_files(files.descriptors[limits]))) != group.hashes[limits]
     if not due and list(map(hash, markers)) == group.hashes[:count]:
         return []
     if not any(markers):
         return None
-    texts = markers + read_open_files(files.descriptors[count:OPEN[tree.version] if due else OFTEN[tree.version]])
-    paths = [tree.file_path(group.path, file.name) for file in GROUP_FILES[tree.version]] if due else []
+    texts = markers + read_open_files(files.descriptors[count:None if due else OFTEN[tree.version]])
     for number, (text, descriptor) in enumerate(zip(texts, files.descriptors)):
         if text is None and descriptor is not None:
             # It has gone: it is opened again like others that were absent.
@@ -2040,9 +2028,10 @@ def read_group(tree: CgroupTree, group: Group, cycle: Cycle) -> Optional[List[An
     if files is not group.files and max(filter(None, files.descriptors)) < open_files_limit() - SPARE_DESCRIPTORS:
         group.files = files
     if due:
-        group.due = cycle.due_again(first=not group.hashes)
-        texts = [said_or_errno(read_small, path) if text is None else text
-                 for path, text in itertools.zip_longest(paths, texts)]
+        group.due = cycle.now + LIMITS_SECONDS * (1 if group.hashes else random.random())
+        # Of those that are not open it is told whether they are absent, or fail.
+        texts = [said_or_errno(read_small, tree.file_path(group.path, file.name)) if text is None else text
+                 for text, file in zip(texts, GROUP_FILES[tree.version])]
     return texts
 
 
