@@ -48,6 +48,7 @@ import collections
 import contextlib
 import ctypes
 import errno
+import faulthandler
 import fcntl
 import functools
 import gc
@@ -61,6 +62,7 @@ import logging
 import logging.handlers
 import math
 import os
+import queue
 import random
 import re
 import resource
@@ -149,6 +151,8 @@ def lock_directory(path: str, mode: int) -> Optional[int]:
 ARCHIVE_NAME = 'kubensage-agent.pyz'
 ROOT_CACHE = '/var/cache/kubensage-agent'
 UNPACKING = '.unpacking-'
+# Another place may do.
+UNUSABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT)
 ANOTHER_CACHE = '(KUBENSAGE_CACHE=DIR names another directory)'
 
 
@@ -264,7 +268,7 @@ def ready_tree(archive: str, member: str, suffix: str, cache: str) -> str:
     os.makedirs(cache, mode=0o700, exist_ok=True)
     check_path(cache)
     if os.statvfs(cache).f_flag & os.ST_NOEXEC:
-        raise BundleError(f'{cache} is mounted noexec: compiled modules do not load from it {ANOTHER_CACHE}')
+        raise OSError(errno.EACCES, 'it is mounted noexec')
     if hold_tree(tree):
         return tree
     lock = lock_directory(cache, fcntl.LOCK_EX)
@@ -292,26 +296,25 @@ def cache_directory(environment: Mapping[str, str]) -> Optional[str]:
 
 
 def find_tree(archive: str, member: str, suffix: str, environment: Mapping[str, str]) -> str:
-    """A tree in the cache, or in a temporary directory where the cache cannot be written. BundleError."""
+    """A tree in the cache, or in a temporary directory where the cache cannot be used. BundleError."""
     import tempfile
     cache, reason = cache_directory(environment), 'no HOME'
-    try:
+    for place in (cache, tempfile.gettempdir(), '/run', '/dev/shm'):
         try:
-            if cache:
-                return ready_tree(archive, member, suffix, cache)
+            if place and place != cache:
+                place = tempfile.mkdtemp(prefix='kubensage-agent-', dir=place)
+                atexit.register(shutil.rmtree, place, ignore_errors=True)
+                sys.stderr.write(f'kubensage-agent: {reason}: unpacking into {place} for this run alone '
+                                 '(KUBENSAGE_CACHE=DIR names a directory that stays)\n')
+            if place:
+                return ready_tree(archive, member, suffix, place)
         except OSError as error:
-            if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR):
-                raise
-            reason = f'{cache} cannot be written ({error.strerror})'
-        cache = tempfile.mkdtemp(prefix='kubensage-agent-')
-        atexit.register(shutil.rmtree, cache, ignore_errors=True)
-        sys.stderr.write(f'kubensage-agent: {reason}: unpacking into {cache} for this run alone '
-                         '(KUBENSAGE_CACHE=DIR names a directory that stays)\n')
-        return ready_tree(archive, member, suffix, cache)
-    except OSError as error:
-        raise BundleError(f'cannot unpack into {cache}: {error.strerror} {ANOTHER_CACHE}') from None
-    except UnsafePath as error:
-        raise BundleError(f'not unpacking into {cache}: {error} {ANOTHER_CACHE}') from None
+            reason = f'{place}: {error.strerror}'
+            if error.errno not in UNUSABLE:
+                break
+        except UnsafePath as error:
+            raise BundleError(f'not unpacking into {place}: {error} {ANOTHER_CACHE}') from None
+    raise BundleError(f'cannot unpack into {reason} {ANOTHER_CACHE}')
 
 
 def bundle_member(archive: str, suffix: str) -> Optional[str]:
@@ -366,14 +369,21 @@ def import_spared(stand_ins: Mapping[str, Any]) -> Iterator[None]:
 
 
 use_bundle(os.environ)
-# What the C core reports comes back as the status of a call.
-os.environ.setdefault('GRPC_VERBOSITY', 'NONE')
-# Its handlers of fork(2) are for programs that go on in the child; they get in the way of tests, which only exec there.
-os.environ.setdefault('GRPC_ENABLE_FORK_SUPPORT', '0')
+# The compiled modules do not heed what is meant for other programs.
+for variable in [name for name in os.environ if name.startswith(('GRPC_', 'PROTOCOL_BUFFERS_'))]:
+    del os.environ[variable]
+os.environ.update({
+    # What the C core reports comes back as the status of a call.
+    'GRPC_VERBOSITY': 'NONE',
+    # A name that getaddrinfo(3) knows is known, and at once: the C core's own resolver waits for the DNS.
+    'GRPC_DNS_RESOLVER': 'native',
+    # Its handlers of fork(2) are for programs that go on in the child; ours only exec there.
+    'GRPC_ENABLE_FORK_SUPPORT': '0'})
 try:
     # grpc imports its asyncio half, and asyncio imports ssl: 5 MB and 13 ms of the start that the agent has no use for.
     with import_spared({'grpc.aio': types.ModuleType('grpc.aio'), 'ssl': None}):
         import grpc
+    from google.protobuf.message import DecodeError
 
     import cri_pb2 as cri
     import kubensage_pb2 as wire
@@ -558,6 +568,15 @@ def raise_open_files_limit() -> None:
     if open_files_limit() < wanted:
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+# --- threads
+
+def start_thread(target: Callable[..., None], *arguments: Any) -> threading.Thread:
+    """A thread that the agent's end does not wait for. RuntimeError where none is to be had (pids.max, TasksMax)."""
+    thread = threading.Thread(target=target, args=arguments, name=target.__name__, daemon=True)
+    thread.start()
+    return thread
 
 
 # --- messages
@@ -2203,11 +2222,21 @@ class Runtime(NamedTuple):
     version: str = ''
 
 
-class Call(NamedTuple):
-    """A call under way, and when it began (monotonic clock)."""
-    method: str
-    future: grpc.Future
-    started: float
+class StatsCall:
+    """A call of ListContainerStats under way, when it began (monotonic clock), and what has become of it."""
+
+    answer: Any = None
+    error: Optional[Exception] = None
+
+    def __init__(self, runtime: Runtime):
+        self.runtime = runtime
+        self.started = time.monotonic()
+        self.finished = threading.Event()
+
+    def result(self) -> Any:
+        if self.error:
+            raise self.error
+        return self.answer
 
 
 def collect_endpoints(explicit: Optional[str], cycle: Cycle) -> Tuple[List[str], List[str]]:
@@ -2255,11 +2284,6 @@ def cri_method(runtime: Runtime, method: str) -> grpc.UnaryUnaryMultiCallable:
     return runtime.channel.unary_unary(f'/{runtime.service}/{method}', response_deserializer=answer.FromString)
 
 
-def start_call(runtime: Runtime, method: str, timeout: float, request: bytes = b'') -> Call:
-    """Begin a call; an empty request asks for everything. fetch_result waits for the answer."""
-    return Call(method, cri_method(runtime, method).future(request, timeout=timeout), time.monotonic())
-
-
 def fetch_result(method: str, started: float, wait: Callable[[], Any], cycle: Cycle) -> Any:
     """The answer that `wait` gives, or CriError; either way the call is counted."""
     failed = True
@@ -2279,28 +2303,29 @@ def fetch_result(method: str, started: float, wait: Callable[[], Any], cycle: Cy
         stats.seconds_total += stats.last_seconds
 
 
-def fetch(runtime: Runtime, method: str, cycle: Cycle) -> Any:
-    """Ask and wait; without a future, for which grpc starts a thread. CriError."""
-    ask = functools.partial(cri_method(runtime, method), b'', timeout=cycle.seconds_left())
+def fetch(runtime: Runtime, method: str, cycle: Cycle, request: bytes = b'', share: float = 1) -> Any:
+    """Ask and wait, for a share of the time that is left; an empty request asks for everything. Without a future, for
+    which grpc starts a thread: where there is none to be had, a future never ends. CriError."""
+    timeout = max(CRI_SHORTEST_SECONDS, cycle.seconds_left() * share)
+    ask = functools.partial(cri_method(runtime, method), request, timeout=timeout)
     return fetch_result(method, time.monotonic(), ask, cycle)
 
 
 def fetch_versions(candidates: Sequence[Runtime], cycle: Cycle) -> Tuple[List[Runtime], Dict[str, str]]:
-    """The candidates that answer Version, all asked at once, and by socket why the others do not."""
-    answered, reasons, waiting = {}, {}, candidates
-    for service in CRI_SERVICES:
-        asked = [candidate._replace(service=service) for candidate in waiting]
-        calls = [start_call(runtime, 'Version', cycle.seconds_left() / 2) for runtime in asked]
-        waiting = []
-        for runtime, call in zip(asked, calls):
+    """The candidates that answer Version, and by socket why the others do not."""
+    answered, reasons = [], {}
+    for number, candidate in enumerate(candidates):
+        for service in CRI_SERVICES:
             try:
-                answer = fetch_result(call.method, call.started, call.future.result, cycle)
-                answered[runtime.socket] = runtime._replace(name=utf8(answer.runtime_name),
-                                                             version=utf8(answer.runtime_version))
+                runtime = candidate._replace(service=service)
+                answer = fetch(runtime, 'Version', cycle, share=1 / (len(candidates) - number + 1))
+                answered.append(runtime._replace(name=utf8(answer.runtime_name), version=utf8(answer.runtime_version)))
+                break
             except CriError as error:
-                reasons[runtime.socket] = str(error)
-                waiting += [runtime] * (error.code is grpc.StatusCode.UNIMPLEMENTED)
-    return [answered[candidate.socket] for candidate in candidates if candidate.socket in answered], reasons
+                reasons[candidate.socket] = str(error)
+                if error.code is not grpc.StatusCode.UNIMPLEMENTED:
+                    break
+    return answered, reasons
 
 
 def is_inhabited(runtime: Runtime, cycle: Cycle) -> bool:
@@ -2758,7 +2783,8 @@ class RuntimeState:
     image_file_systems: Sequence[cri.FilesystemUsage] = ()
     conditions_due = sizes_due = 0.0
     # The statistics call under way, time-outs in a row, and when the next call may begin.
-    stats_call: Optional[Call] = None
+    stats_call: Optional[StatsCall] = None
+    stats_thread: Optional[threading.Thread] = None
     stats_timeouts = 0
     stats_due = 0.0
     # The tree of groups, the ids that have none in it, and when to search for these again.
@@ -2769,7 +2795,11 @@ class RuntimeState:
     def __init__(self, description: str = ''):
         # Of the runtime that was found last, for the log.
         self.description = description
+        self.stats_calls: queue.SimpleQueue = queue.SimpleQueue()
         self.pods: Dict[str, Pod] = {}
+
+    def __del__(self) -> None:
+        self.stats_calls.put(None)
 
 
 def forget_runtime(state: RuntimeState) -> None:
@@ -2787,12 +2817,28 @@ def count_states(enum: Any, listed: Iterable[Any]) -> Counts:
     return collections.Counter(enum_name(enum, item.state) for item in listed)
 
 
+def run_stats_calls(calls: queue.SimpleQueue) -> None:
+    """The thread for the calls that may take longer than a cycle."""
+    for call in iter(calls.get, None):
+        try:
+            call.answer = cri_method(call.runtime, 'ListContainerStats')(b'', timeout=STATS_TIMEOUT_SECONDS)
+        except (grpc.RpcError, ValueError) as error:
+            # A ValueError where the channel was closed meanwhile.
+            call.error = error
+        call.finished.set()
+
+
 def start_stats(state: RuntimeState, cycle: Cycle) -> None:
     """Begin the statistics call, unless it is under way or the runtime is left alone."""
     if state.stats_call is None and cycle.now < state.stats_due:
         cycle.failed('container statistics', f'ListContainerStats: paused after {state.stats_timeouts} time-outs')
     elif state.stats_call is None:
-        state.stats_call = start_call(state.runtime, 'ListContainerStats', STATS_TIMEOUT_SECONDS)
+        try:
+            state.stats_thread = state.stats_thread or start_thread(run_stats_calls, state.stats_calls)
+            state.stats_call = StatsCall(state.runtime)
+            state.stats_calls.put(state.stats_call)
+        except RuntimeError as error:
+            cycle.failed('container statistics', error)
 
 
 def fetch_stats(state: RuntimeState, needed: bool, cycle: Cycle) -> Dict[str, cri.ContainerStats]:
@@ -2803,17 +2849,16 @@ def fetch_stats(state: RuntimeState, needed: bool, cycle: Cycle) -> Dict[str, cr
     for _ in range(2):
         start_stats(state, cycle)
         call = state.stats_call
-        # grpc's own waiting goes by the wall clock, which may be set meanwhile.
-        finished = threading.Event()
-        call.future.add_done_callback(lambda future: finished.set())
+        if call is None:
+            break
         patience = cycle.seconds_left() if needed else SIZES_PATIENCE_SECONDS if call.started >= cycle.now else 0
-        if not finished.wait(patience):
+        if not call.finished.wait(patience):
             if needed or time.monotonic() > call.started + CRI_LONGEST_SECONDS:
                 cycle.failed(subject, 'ListContainerStats: no answer in time')
             break
         state.stats_call = None
         try:
-            stats = fetch_result(call.method, call.started, call.future.result, cycle).stats
+            stats = fetch_result('ListContainerStats', call.started, call.result, cycle).stats
             cycle.failures.pop(subject, None)
             state.stats_timeouts = 0
             return {utf8(entry.attributes.id): entry for entry in stats}
@@ -2840,34 +2885,35 @@ def is_stale(container: Container, again: bool) -> bool:
 
 
 def fetch_statuses(runtime: Runtime, containers: Iterable[Container], again: bool, cycle: Cycle) -> None:
-    """The status of each container in its present state, for some containers a cycle, all asked at once."""
+    """The status of each container in its present state, for some containers a cycle."""
     stale = [container for container in containers if is_stale(container, again)]
     # Those that have exited first: people look for the reason.
     stale.sort(key=lambda container: container.state != cri.CONTAINER_EXITED)
-    requests = [cri.ContainerStatusRequest(container_id=container.message.id).SerializeToString()
-                for container in stale[:STATUSES_PER_CYCLE]]
-    calls = [start_call(runtime, 'ContainerStatus', cycle.seconds_left(), request) for request in requests]
-    for container, call in zip(stale, calls):
+    for container in stale[:STATUSES_PER_CYCLE]:
         if container.asked_state != container.state:
             container.message.ClearField('status')
             container.asked_state = container.state
         try:
-            answer = fetch_result(call.method, call.started, call.future.result, cycle)
-            status = answer.status
-            if answer.HasField('status') and status.state != container.state:
-                # It has changed since the list.
-                container.asked_state = None
-                continue
-            # Go's zero time is below 0.
-            fill(container.message.status, {
-                'started_at_ns': status.started_at or None, 'finished_at_ns': status.finished_at or None})
-            if status.state == cri.CONTAINER_EXITED:
-                container.message.status.exit_code = status.exit_code
-            fill_known(container.message.status, reason=utf8(status.reason) or None)
+            request = cri.ContainerStatusRequest(container_id=container.message.id).SerializeToString()
+            answer = fetch(runtime, 'ContainerStatus', cycle, request)
         except CriError as error:
             # A container that is gone by now is no trouble.
             if error.code not in (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.UNKNOWN):
                 cycle.failed('container status', error)
+            if error.code is grpc.StatusCode.DEADLINE_EXCEEDED:
+                break
+            continue
+        status = answer.status
+        if answer.HasField('status') and status.state != container.state:
+            # It has changed since the list.
+            container.asked_state = None
+            continue
+        # Go's zero time is below 0.
+        fill(container.message.status, {
+            'started_at_ns': status.started_at or None, 'finished_at_ns': status.finished_at or None})
+        if status.state == cri.CONTAINER_EXITED:
+            container.message.status.exit_code = status.exit_code
+        fill_known(container.message.status, reason=utf8(status.reason) or None)
 
 
 def fetch_health(state: RuntimeState, conditions_due: bool, sizes_due: bool, cycle: Cycle) -> None:
@@ -2978,6 +3024,63 @@ def collect_pods(metrics: wire.Metrics, options: Options, state: RuntimeState, c
         forget_runtime(state)
 
 
+# --- a snapshot that is too large
+
+# What is left out of a snapshot that is too large, one step after the other.
+LEFT_OUT = ('fields from 100 up of containers that do not run', 'fields from 100 up of containers, but for three',
+            'labels', 'fields from 100 up of pods and containers', 'pods')
+FIRST_OWN_FIELD = 100
+LAST_TO_GO = ('restart_count', 'status', 'image_ref')
+
+
+def clear_own(message: Any, kept: Sequence[str] = ()) -> None:
+    """Without the fields that the relay's contract does not have."""
+    for field in message.DESCRIPTOR.fields:
+        if field.number >= FIRST_OWN_FIELD and field.name not in kept:
+            message.ClearField(field.name)
+
+
+def leave_out(metrics: wire.Metrics, step: int) -> None:
+    """LEFT_OUT[step]."""
+    metrics.agent_metrics.left_out = LEFT_OUT[step]
+    for pod in metrics.pod_metrics:
+        for container in pod.container_metrics:
+            if step == 0 and container.state != 'CONTAINER_RUNNING' or step == 3:
+                clear_own(container)
+            elif step == 1:
+                clear_own(container, (*LAST_TO_GO, 'labels'))
+            elif step == 2:
+                container.labels.clear()
+        if step == 2:
+            pod.labels.clear()
+        elif step == 3:
+            clear_own(pod)
+    if step == 4:
+        del metrics.pod_metrics[:]
+
+
+def serialize(metrics: wire.Metrics, max_bytes: int) -> Tuple[bytes, Failures]:
+    """A snapshot as the relay accepts it. On a node that is too large, in which case a failure says so, it has less and
+    less, down to the node alone, which has the counts."""
+    data, step = metrics.SerializeToString(), 0
+    while len(data) > max_bytes and step < len(LEFT_OUT):
+        if step == 0:
+            # Others show it whole.
+            whole, metrics = metrics, wire.Metrics()
+            metrics.CopyFrom(whole)
+        leave_out(metrics, step)
+        data, step = metrics.SerializeToString(), step + 1
+    return data, {'snapshot': f'above {max_bytes} bytes: without {", ".join(LEFT_OUT[:step])}'} if step else {}
+
+
+def shrunk(data: bytes, max_bytes: int) -> bytes:
+    """A snapshot that was taken before it was known what the relay accepts."""
+    try:
+        return data if len(data) <= max_bytes else serialize(wire.Metrics.FromString(data), max_bytes)[0]
+    except DecodeError:
+        return data
+
+
 # --- spool
 
 # One file for each record: a header, the snapshot, which is zlib's where it is shorter than the header says, and a
@@ -3077,7 +3180,7 @@ MAX_STREAM_SNAPSHOTS = 50
 MAX_STREAM_BYTES = 8 << 20
 # zlib's level 6 leaves 11 to 29 % of a snapshot, for 1 to 2 ms per 100 kB.
 COMPRESSION_LEVEL = 6
-DROP_CAUSES = ('retention', 'size', 'too large', 'damaged')
+DROP_CAUSES = ('retention', 'size', 'too large', 'damaged', 'refused')
 
 
 class Snapshot(NamedTuple):
@@ -3106,8 +3209,11 @@ class Backlog:
     memory_bytes = spool_bytes = 0
     next_number = 1
     given_up = False
-    # The stream under way, which is cancelled when time is up.
-    call: Optional[grpc.Future] = None
+    max_snapshot_bytes = MAX_SNAPSHOT_BYTES
+    # Seconds for each snapshot of a catch-up.
+    pace_seconds = 0.0
+    # Closed when time is up, which cancels the stream under way.
+    channel: Optional[grpc.Channel] = None
     sent = acknowledged = acknowledged_number = connections = 0
     last_acknowledged: Optional[float] = None
 
@@ -3120,6 +3226,8 @@ class Backlog:
         self.changed = threading.Condition()
         self.closing = threading.Event()
         self.dropped: Counts = dict.fromkeys(DROP_CAUSES, 0)
+        # What was dropped since the last snapshot was added.
+        self.failures: Failures = {}
 
 
 def append_snapshot(backlog: Backlog, snapshot: Snapshot) -> None:
@@ -3161,28 +3269,27 @@ def load_spool(backlog: Backlog) -> None:
         log.warning('spool: %s: damaged records, dropped: %d, the first %s', backlog.spool, len(reasons), reasons[0])
 
 
-def drop_excess(backlog: Backlog, now: float) -> Failures:
-    """Drop the oldest beyond the retention and the sizes; what was dropped, by subject. The caller has the lock."""
-    failures = {}
+def drop_excess(backlog: Backlog, now: float) -> None:
+    """Drop the oldest beyond the retention and the sizes. The caller has the lock."""
     while backlog.snapshots and now - backlog.snapshots[0].taken > backlog.retention_seconds:
         remove_snapshot(backlog, backlog.snapshots[0], 'retention')
-        failures['backlog'] = f'dropping snapshots older than {backlog.retention_seconds / 60:g} min'
+        backlog.failures['backlog'] = f'dropping snapshots older than {backlog.retention_seconds / 60:g} min'
     for size, limit, reached in (('memory_bytes', backlog.max_bytes, 'those in memory have reached --buffer-max-size'),
                                  ('spool_bytes', backlog.spool_max_bytes, 'the spool has reached --spool-max-size')):
         while getattr(backlog, size) > limit:
             remove_snapshot(backlog, next(item for item in backlog.snapshots if getattr(item, size)), 'size')
-            failures['backlog size'] = f'dropping the oldest snapshots: {reached}'
-    return failures
+            backlog.failures['backlog size'] = f'dropping the oldest snapshots: {reached}'
 
 
 def add_snapshot(backlog: Backlog, data: bytes) -> Failures:
     """Put a snapshot at the end; what went wrong, by subject. One that waits behind others is compressed; one that the
     disk does not take stays in memory."""
     now, failures, stored = time.monotonic(), {}, data
-    if len(data) > MAX_SNAPSHOT_BYTES:
+    if len(data) > backlog.max_snapshot_bytes:
         with backlog.changed:
             backlog.dropped['too large'] += 1
-        return {'snapshot': f'dropped: its {len(data)} bytes exceed the {MAX_SNAPSHOT_BYTES} that the relay accepts'}
+        return {'snapshot': f'dropped: {len(data)} bytes are more than the {backlog.max_snapshot_bytes} that the relay '
+                            'accepts'}
     if backlog.snapshots:
         stored = min(data, zlib.compress(data, COMPRESSION_LEVEL), key=len)
     with backlog.changed:
@@ -3196,7 +3303,9 @@ def add_snapshot(backlog: Backlog, data: bytes) -> Failures:
             except OSError as error:
                 failures['spool'] = f'{backlog.spool} cannot be written ({error.strerror}): keeping snapshots in memory'
         append_snapshot(backlog, snapshot)
-        failures.update(drop_excess(backlog, now))
+        drop_excess(backlog, now)
+        failures.update(backlog.failures)
+        backlog.failures = {}
         backlog.changed.notify()
     return failures
 
@@ -3213,14 +3322,20 @@ def load_snapshot(backlog: Backlog, snapshot: Snapshot) -> Optional[bytes]:
         return None
 
 
-def next_batch(backlog: Backlog, limit: int) -> List[Snapshot]:
-    """Wait for snapshots, and give the oldest of them; none when the backlog is closing and empty."""
+def next_batch(backlog: Backlog, limit: int, aside: Set[int], verify: bool = False) -> List[Snapshot]:
+    """Wait for snapshots, and give the oldest of them, of those that are set aside or of the others; none when the
+    backlog is closing and empty."""
     with backlog.changed:
         while not backlog.snapshots and not backlog.closing.is_set():
             backlog.changed.wait()
         drop_excess(backlog, time.monotonic())
+        waiting: Iterable[Snapshot] = [item for item in backlog.snapshots if (item.number in aside) == verify]
+        if not waiting:
+            # They are gone; or all are set aside: then it is not about one message.
+            aside.clear()
+            waiting = backlog.snapshots
         batch, size = [], 0
-        for snapshot in itertools.islice(backlog.snapshots, limit):
+        for snapshot in itertools.islice(waiting, limit):
             size += snapshot.plain_bytes
             if batch and size > MAX_STREAM_BYTES:
                 break
@@ -3231,8 +3346,9 @@ def next_batch(backlog: Backlog, limit: int) -> List[Snapshot]:
 def forget_snapshots(backlog: Backlog, batch: Sequence[Snapshot], cause: Optional[str] = None) -> None:
     """Remove what has been delivered, or cannot be; some of it may have been dropped meanwhile."""
     with backlog.changed:
-        while backlog.snapshots and backlog.snapshots[0].number <= batch[-1].number:
-            remove_snapshot(backlog, backlog.snapshots[0], cause)
+        for snapshot in batch:
+            with contextlib.suppress(ValueError):
+                remove_snapshot(backlog, snapshot, cause)
 
 
 # --- TLS
@@ -3353,8 +3469,15 @@ SEND_TIMEOUT_SECONDS = 20
 BACKOFF_FIRST_SECONDS, BACKOFF_LONGEST_SECONDS = 0.5, 30
 # For the last attempt when the agent stops, and for all attempts of --once.
 LAST_ATTEMPT_SECONDS, ONCE_DELIVERY_SECONDS = 5, 10
-# In place of a status code, where the files do not even allow an attempt.
-NOT_CONNECTED = 'not connected'
+# In place of a status code, where the files do not even allow an attempt, or no thread can be started.
+NOT_CONNECTED, NO_THREAD = 'not connected', 'no thread'
+# What may be about a message that was sent. The other codes are about the way.
+ABOUT_THE_MESSAGE = frozenset(('ABORTED', 'DATA_LOSS', 'FAILED_PRECONDITION', 'INTERNAL', 'INVALID_ARGUMENT',
+                               'OUT_OF_RANGE', 'RESOURCE_EXHAUSTED', 'UNKNOWN'))
+# How often a snapshot is refused alone before the others are tried.
+REFUSALS = 3
+# After so many batches a size that was once refused is tried again.
+LARGER_AFTER_BATCHES = 10
 
 
 class Connection(NamedTuple):
@@ -3365,9 +3488,11 @@ class Connection(NamedTuple):
 
 
 class SendError(NamedTuple):
-    """Why the relay has not acknowledged a batch: gRPC's status code, or the step before there was one."""
+    """Why the relay has not acknowledged a batch: gRPC's status code, or the step before there was one; and how many
+    snapshots were sent by then."""
     code: str
     details: str
+    sent: int = 0
 
     def is_too_large(self) -> bool:
         """grpc-go says `received message larger than max`, the C core `Received message larger than max`."""
@@ -3379,11 +3504,36 @@ def backoff_seconds(failures: int) -> float:
     return random.uniform(0, min(BACKOFF_LONGEST_SECONDS, BACKOFF_FIRST_SECONDS * 2 ** min(failures - 1, 16)))
 
 
+def is_direct(address: str, no_proxy: str) -> bool:
+    """Whether no proxy is asked, as curl(1) decides it: on loopback in any spelling, and where no_proxy names the host, a
+    domain of it, its network, or all (*), each with its port or without."""
+    import ipaddress
+    host, _, port = address.lower().rpartition(':')
+    host = host.strip('[]').rstrip('.')
+    try:
+        ip = ipaddress.ip_address(host)
+    except ValueError:
+        ip = None
+    if host == 'localhost' or ip and (getattr(ip, 'ipv4_mapped', None) or ip).is_loopback:
+        return True
+    for entry in filter(None, re.split(r'[,\s]+', no_proxy.lower())):
+        # An IPv6 address without brackets has no port.
+        match = re.fullmatch(r'(\[.*\]|[^:]*)(?::(\d+))?', entry)
+        name, entry_port = match.groups() if match else (entry, None)
+        name = name.strip('[].')
+        with contextlib.suppress(ValueError):
+            if ip and ip in ipaddress.ip_network(name, strict=False):
+                name = host
+        if entry_port in (None, port) and (name in ('*', host) or host.endswith(f'.{name}')):
+            return True
+    return False
+
+
 def connect_relay(relay: Relay) -> Connection:
     """No keepalive: the relay ends connections that ping it; the deadline of each stream finds a dead one.
     RelayError."""
     options: List[Tuple[str, Any]] = [('grpc.use_local_subchannel_pool', 1)]
-    if LOOPBACK.match(relay.address):
+    if is_direct(relay.address, os.environ.get('no_proxy') or os.environ.get('NO_PROXY') or ''):
         options.append(('grpc.enable_http_proxy', 0))
     if relay.server_name:
         options.append(('grpc.ssl_target_name_override', relay.server_name))
@@ -3408,29 +3558,33 @@ def load_batch(backlog: Backlog, batch: Sequence[Snapshot], sent: List[int]) -> 
         if message is not None:
             sent.append(snapshot.number)
             backlog.sent += 1
-            yield message
+            yield shrunk(message, backlog.max_snapshot_bytes)
 
 
 def send_batch(connection: Connection, backlog: Backlog, batch: Sequence[Snapshot]) -> Optional[SendError]:
-    """One SendMetrics stream. None: the relay has acknowledged the whole batch."""
+    """One SendMetrics stream. None: the relay has acknowledged the whole batch. A blocking call: a future needs a
+    thread, and without it never ends."""
     sent: List[int] = []
-    messages = load_batch(backlog, batch, sent)
-    call = connection.channel.stream_unary(SEND_METRICS).future(messages, timeout=SEND_TIMEOUT_SECONDS,
-                                                                metadata=connection.metadata)
-    backlog.call = call
+    messages, backlog.channel = load_batch(backlog, batch, sent), connection.channel
     try:
-        if call.result() is None:
-            return SendError('UNKNOWN', 'the stream ended without an answer')
+        answer = connection.channel.stream_unary(SEND_METRICS)(messages, timeout=SEND_TIMEOUT_SECONDS,
+                                                               metadata=connection.metadata)
+        if answer is None:
+            return SendError('UNKNOWN', 'the stream ended without an answer', len(sent))
         if messages.gi_frame is not None:
-            return SendError('UNKNOWN', 'the relay answered before it had read everything')
+            return SendError('UNKNOWN', 'the relay answered before it had read everything', len(sent))
         backlog.acknowledged += len(sent)
         backlog.acknowledged_number = max(sent, default=backlog.acknowledged_number)
         backlog.last_acknowledged = time.monotonic()
         return None
-    except grpc.FutureCancelledError:
-        return SendError('CANCELLED', 'stopped before the relay had answered')
     except grpc.RpcError as error:
-        return SendError(error.code().name, error.details() or '')
+        if error.code() is grpc.StatusCode.CANCELLED:
+            return SendError('CANCELLED', 'stopped before the relay had answered', len(sent))
+        return SendError(error.code().name, error.details() or '', len(sent))
+    except RuntimeError as error:
+        return SendError(NO_THREAD, str(error))
+    except ValueError:
+        return SendError('CANCELLED', 'stopped before the relay had answered')
 
 
 def attempt(relay: Relay, backlog: Backlog, batch: Sequence[Snapshot], connection: Optional[Connection],
@@ -3454,13 +3608,51 @@ def attempt(relay: Relay, backlog: Backlog, batch: Sequence[Snapshot], connectio
     return None, error
 
 
-def next_batch_limit(limit: int, error: Optional[SendError]) -> int:
-    """How many snapshots to send at once: fewer when they were too many for the link or one was too large."""
+class Way:
+    """What is known of the way to the relay: how many snapshots at once go through, from how many on they do not, and
+    how many batches went through since; how often a snapshot was refused alone, and those that are set aside while
+    others are tried."""
+
+    limit, refused, successes = MAX_STREAM_SNAPSHOTS, MAX_STREAM_SNAPSHOTS + 1, 0
+    # Whether the last batch went through.
+    taking = False
+
+    def __init__(self) -> None:
+        self.refusals: Counts = collections.Counter()
+        self.aside: Set[int] = set()
+
+
+def learn_size(way: Way, size: int, error: Optional[SendError]) -> bool:
+    """From what has become of a batch of this size; whether fewer are to be sent at once. Whoever stands on the way may
+    take only so many bytes, messages or seconds; what was not even sent tells nothing."""
     if error is None:
-        return min(MAX_STREAM_SNAPSHOTS, limit * 2)
+        way.successes += 1
+        if way.successes % LARGER_AFTER_BATCHES == 0:
+            way.refused = MAX_STREAM_SNAPSHOTS + 1
+        way.limit = min(MAX_STREAM_SNAPSHOTS, 2 * way.limit, way.refused - 1)
+    elif error.sent and size > 1:
+        way.refused, way.successes, way.limit = size, 0, 1 if error.is_too_large() else size // 2
+        return True
+    return False
+
+
+def refusal(backlog: Backlog, way: Way, batch: Sequence[Snapshot], error: SendError) -> Optional[str]:
+    """Why a snapshot is to be dropped: it is too large; or it was refused alone, again and again, and once more right
+    after another one was taken. Until then it is set aside."""
+    if len(batch) > 1 or not error.sent or error.code not in ABOUT_THE_MESSAGE:
+        return None
+    number = batch[0].number
     if error.is_too_large():
-        return 1
-    return max(1, limit // 2) if error.code == 'DEADLINE_EXCEEDED' else limit
+        # `received message larger than max (5242880 vs. 4194304)`
+        limit, known_limit = re.search(r'\(\d+ vs\. (\d+)\)', error.details), backlog.max_snapshot_bytes
+        backlog.max_snapshot_bytes = min(known_limit, int(limit.group(1)) if limit else known_limit)
+        return None if backlog.max_snapshot_bytes < known_limit else 'too large'
+    if number in way.aside and way.taking:
+        return 'refused'
+    way.refusals[number] += 1
+    if way.refusals[number] >= REFUSALS or way.aside:
+        way.aside.add(number)
+    return None
 
 
 def log_send_error(relay: Relay, error: SendError, logged: Set[str]) -> None:
@@ -3469,35 +3661,44 @@ def log_send_error(relay: Relay, error: SendError, logged: Set[str]) -> None:
     reason = explain_tls(relay) if relay.tls and error.code == 'UNAVAILABLE' else None
     kind = reason or (error.details if error.code == NOT_CONNECTED else error.code)
     if kind not in logged:
-        log.warning('relay %s: %s', relay.address, reason or f'{error.code}: {error.details}')
+        sent = f'does not take {plural(error.sent, "snapshot")}: ' if error.sent else ''
+        log.warning('relay %s: %s', relay.address, reason or f'{sent}{error.code}: {error.details}')
     logged.add(kind)
 
 
 def deliver(backlog: Backlog, relay: Relay) -> None:
-    """The sending thread: send the backlog until it closes, with a pause after each failure and one last attempt."""
-    connection, failures, limit, logged = None, 0, MAX_STREAM_SNAPSHOTS, set()
+    """The sending thread: send the backlog until it closes, with a pause after each failure and one last attempt, which
+    goes on where it was refused. A catch-up goes at the backlog's pace."""
+    connection, failures, way, logged = None, 0, Way(), set()
+    paced = max(1, int(1 / backlog.pace_seconds)) if backlog.pace_seconds else MAX_STREAM_SNAPSHOTS
     while True:
-        batch, last_attempt = next_batch(backlog, limit), backlog.closing.is_set()
-        if not batch and last_attempt:
+        last_attempt, verify, began = backlog.closing.is_set(), bool(way.aside) and way.taking, time.monotonic()
+        limit = way.limit if last_attempt else min(way.limit, paced)
+        batch = next_batch(backlog, 1 if verify else limit, way.aside, verify)
+        if not batch and backlog.closing.is_set():
             break
         if not batch:
             continue
         connection, error = attempt(relay, backlog, batch, connection)
-        limit = next_batch_limit(limit, error)
-        refused = error is not None and error.is_too_large() and len(batch) == 1
-        if refused:
-            log.error('relay: a snapshot of %d bytes is dropped: %s', batch[0].plain_bytes, error.details)
-        if error is None or refused:
-            forget_snapshots(backlog, batch, 'too large' if refused else None)
+        fewer, limit_before = learn_size(way, len(batch), error), backlog.max_snapshot_bytes
+        cause = refusal(backlog, way, batch, error) if error else None
+        fewer = fewer or backlog.max_snapshot_bytes < limit_before
+        if cause:
+            log.error('relay: a snapshot of %d bytes is dropped: %s: %s', batch[0].plain_bytes, *error[:2])
+        if error is None or cause:
+            forget_snapshots(backlog, batch, cause)
+            way.aside.discard(batch[0].number)
+            way.taking = way.taking or error is None
             if failures:
                 log.info('relay %s: recovered; dropped so far: %d', relay.address, sum(backlog.dropped.values()))
             failures, logged = 0, set()
+            backlog.closing.wait(max(0.0, began + len(batch) * backlog.pace_seconds - time.monotonic()))
             continue
-        failures += 1
+        way.taking, failures = False, 1 if fewer else failures + 1
         log_send_error(relay, error, logged)
-        if last_attempt or backlog.given_up:
+        if backlog.given_up or last_attempt and not (fewer or 0 < way.refusals[batch[0].number] <= REFUSALS):
             break
-        backlog.closing.wait(backoff_seconds(failures))
+        (time.sleep if last_attempt else backlog.closing.wait)(backoff_seconds(failures))
     if connection:
         connection.channel.close()
 
@@ -3514,9 +3715,7 @@ def keep_delivering(backlog: Backlog, relay: Relay) -> None:
 
 
 def start_delivery(backlog: Backlog, relay: Relay) -> threading.Thread:
-    sender = threading.Thread(target=keep_delivering, args=(backlog, relay), name='deliver', daemon=True)
-    sender.start()
-    return sender
+    return start_thread(keep_delivering, backlog, relay)
 
 
 def close_backlog(backlog: Backlog, sender: threading.Thread, patience_seconds: float) -> int:
@@ -3526,8 +3725,8 @@ def close_backlog(backlog: Backlog, sender: threading.Thread, patience_seconds: 
         backlog.changed.notify()
     sender.join(patience_seconds)
     backlog.given_up = True
-    if sender.is_alive() and backlog.call:
-        backlog.call.cancel()
+    if sender.is_alive() and backlog.channel:
+        backlog.channel.close()
         sender.join(1)
     return len(backlog.snapshots)
 
@@ -3538,6 +3737,7 @@ class AgentStats:
     """What the agent counts from its start on."""
 
     sequence = cycles = skipped_ticks = 0
+    in_cycle = False
     collection_seconds: Optional[float] = None
     open_files: Optional[int] = None
     open_files_due = 0.0
@@ -4334,7 +4534,8 @@ HTTP_POLL_SECONDS = 0.1
 # How old the last snapshot may be before the agent calls itself unhealthy: so many intervals, and at least so long.
 HEALTHY_INTERVALS, HEALTHY_SECONDS = 3, 15
 TEXT_TYPE = 'text/plain; version=0.0.4; charset=utf-8'
-OPENMETRICS_TYPE = 'application/openmetrics-text; version=1.0.0; charset=utf-8'
+OPENMETRICS = 'application/openmetrics-text'
+OPENMETRICS_TYPE = f'{OPENMETRICS}; version=1.0.0; charset=utf-8'
 
 
 class ListenError(Exception):
@@ -4369,11 +4570,22 @@ def exposition(published: Published, openmetrics: bool) -> Optional[bytes]:
     return text + (render_family(age, openmetrics) + ('# EOF\n' if openmetrics else '')).encode()
 
 
+def prefers_openmetrics(accept: str) -> bool:
+    """By the weights of an Accept header (RFC 9110)."""
+    weights = {OPENMETRICS: 0.0, 'text/plain': 0.0}
+    for part in accept.lower().replace(' ', '').split(','):
+        kind, *parameters = part.split(';')
+        weight = next((text[2:] for text in parameters if re.fullmatch(r'q=[01](\.\d*)?', text)), 1)
+        if kind in weights:
+            weights[kind] = max(weights[kind], float(weight))
+    return 0 < weights[OPENMETRICS] >= weights['text/plain']
+
+
 def http_answer(published: Published, path: str, accept: str) -> Tuple[int, str, bytes]:
     """Status, content type and body for a GET."""
     path = path.partition('?')[0]
     if path == '/metrics':
-        openmetrics = 'application/openmetrics-text' in accept
+        openmetrics = prefers_openmetrics(accept)
         body = exposition(published, openmetrics)
         if body is None:
             return 503, 'text/plain', b'no snapshot yet\n'
@@ -4401,7 +4613,7 @@ def http_server(address: str, published: Published) -> Any:
         server_version, sys_version = 'kubensage-agent', ''
 
         def do_GET(self) -> None:
-            status, content_type, body = http_answer(published, self.path, self.headers.get('Accept', ''))
+            status, content_type, body = http_answer(published, self.path, ','.join(self.headers.get_all('Accept', ())))
             self.send_response(status)
             self.send_header('Content-Type', content_type)
             self.send_header('Content-Length', str(len(body)))
@@ -4445,7 +4657,7 @@ def start_listening(address: str, published: Published) -> Any:
         server = http_server(address, published)
     except OSError as error:
         raise ListenError(f'--listen {address}: {error.strerror or error}') from None
-    threading.Thread(target=server.serve_forever, args=(HTTP_POLL_SECONDS,), name='http', daemon=True).start()
+    start_thread(server.serve_forever, HTTP_POLL_SECONDS)
     return server
 
 
@@ -4981,6 +5193,11 @@ def status_line(metrics: wire.Metrics, backlog: Optional[Backlog], failures: Ite
 ONCE_INTERVAL_SECONDS, ONCE_PAUSE_SECONDS = 0.5, 0.3
 # Of a table that goes into a file.
 TABLE_WIDTH = 160
+# A cycle that takes so many intervals, and at least so long, ends the agent: better dead and started again than silent.
+STUCK_INTERVALS, STUCK_SECONDS, STUCK_CHECKS, STUCK_STATUS = 10, 60, 10, 70
+# How many times faster than snapshots are taken the backlog is sent: a relay's queues keep up, and a fleet that comes
+# back at once asks for ten times its usual load.
+CATCH_UP_PACE = 10
 # malloc.h, glibc's.
 M_ARENA_MAX = -8
 
@@ -5061,6 +5278,7 @@ def open_sinks(options: Options, closing: contextlib.ExitStack) -> Sinks:
         closing.callback(server.shutdown)
     if options.relay_address:
         backlog, relay = open_backlog(options), relay_from(options)
+        backlog.pace_seconds = min(1, options.main_loop_duration / CATCH_UP_PACE)
         log_exposure(relay)
         closing.callback(end_delivery, backlog, start_delivery(backlog, relay))
     if options.live:
@@ -5092,7 +5310,10 @@ def hand_over(previous: Optional[wire.Metrics], metrics: wire.Metrics, sinks: Si
     """A snapshot to each sink; what went wrong, by subject."""
     if sinks.published:
         sinks.published.metrics, sinks.published.taken = metrics, time.monotonic()
-    failures = add_snapshot(sinks.backlog, metrics.SerializeToString()) if sinks.backlog else {}
+    failures: Failures = {}
+    if sinks.backlog:
+        data, failures = serialize(metrics, sinks.backlog.max_snapshot_bytes)
+        failures.update(add_snapshot(sinks.backlog, data))
     try:
         if sinks.live:
             sinks.live.previous, sinks.live.metrics = previous, metrics
@@ -5122,8 +5343,10 @@ def run_once(roots: Roots, options: Options) -> int:
     # Only for the log file: cron would send a mail with it each time.
     log_exposure(relay, logging.INFO)
     number = backlog.next_number
-    log_changes({}, add_snapshot(backlog, metrics.SerializeToString()))
+    data, failures = serialize(metrics, backlog.max_snapshot_bytes)
+    log_changes({}, {**failures, **add_snapshot(backlog, data)})
     close_backlog(backlog, start_delivery(backlog, relay), ONCE_DELIVERY_SECONDS)
+    log_changes({}, backlog.failures)
     return 0 if backlog.acknowledged_number == number else 1
 
 
@@ -5136,13 +5359,37 @@ def run_cycle(roots: Roots, options: Options, state: State, stats: AgentStats, s
     return metrics if sinks.live or sinks.output == 'table' else None, failures
 
 
+def end_stuck() -> None:
+    """Say where each thread stands, without any lock that one of them may hold, and end."""
+    for handler in logging.getLogger().handlers:
+        stream = getattr(handler, 'stream', None)
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            os.write(stream.fileno(), b'kubensage-agent: a cycle does not end. Where each thread stands:\n')
+            faulthandler.dump_traceback(stream)
+    os._exit(STUCK_STATUS)
+
+
+def watch_cycles(stats: AgentStats, seconds: float, stopped: threading.Event) -> None:
+    """The thread that ends an agent whose cycle does not end. It counts its own checks: time in which the whole process
+    was stopped is none."""
+    number, checks = None, 0
+    while not stopped.wait(seconds / STUCK_CHECKS):
+        checks = checks + 1 if stats.in_cycle and stats.sequence == number else 0
+        number = stats.sequence
+        if checks > STUCK_CHECKS:
+            end_stuck()
+
+
 def run_loop(roots: Roots, options: Options) -> int:
     """A snapshot each interval, until a signal; then one last attempt to deliver what is left."""
     descriptor, stats, interval = install_signals(options.live), AgentStats(), options.main_loop_duration
     state, previous, troubles, late, tick, stopped = State(options.top_n), None, {}, {}, time.monotonic(), False
     with contextlib.ExitStack() as closing:
-        sinks = open_sinks(options, closing)
+        sinks, watched = open_sinks(options, closing), threading.Event()
+        closing.callback(watched.set)
+        start_thread(watch_cycles, stats, max(STUCK_SECONDS, STUCK_INTERVALS * interval), watched)
         while not stopped:
+            stats.in_cycle = True
             try:
                 previous, failures = run_cycle(roots, options, state, stats, sinks, previous)
                 failures.update(late)
@@ -5156,6 +5403,10 @@ def run_loop(roots: Roots, options: Options) -> int:
                 # What was half written goes.
                 forget_runtime(state.runtime)
                 state = State(options.top_n)
+            stats.in_cycle = False
+            if stats.sequence == 1 and sinks.backlog:
+                # A fleet that was switched on at once does not tick at once.
+                tick = time.monotonic() - random.uniform(0, interval)
             last, tick = tick, next_tick(tick, interval, time.monotonic())
             skipped = round((tick - last) / interval) - 1
             stats.skipped_ticks += skipped
@@ -5194,6 +5445,11 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         return run_once(roots, options) if options.once else run_loop(roots, options)
     except ListenError as error:
         log.error('%s', error)
+        return 1
+    except RuntimeError as error:
+        if 'thread' not in str(error):
+            raise
+        log.error('%s: the agent needs a few (pids.max of its cgroup, TasksMax of its unit, ulimit -u)', error)
         return 1
     except BrokenPipeError:
         # The reader of stdout has gone. Python would complain once more when it flushes at exit.

@@ -426,6 +426,10 @@ class Case(unittest.TestCase):
                      self.directory, '--cri-socket', self.socket, '--log-file', f'{self.directory}/log']
 
     def check_threads(self, before):
+        for state in gc.get_objects():
+            if type(state) is agent.RuntimeState:
+                # Whoever still holds it: the thread of its statistics ends.
+                state.stats_calls.put(None)
         for thread in set(threading.enumerate()) - before:
             thread.join(PATIENCE_SECONDS)
             self.assertFalse(thread.is_alive(), f'{thread} has stayed behind')
@@ -935,15 +939,18 @@ class BundleTroubles(BundleCase):
                                      'damaged|not to be trusted|no bundle')
                 self.assertEqual(os.listdir(self.cache), [os.path.basename(self.unpacked)])
 
-    def test_full_disk_is_one_line(self):
-        self.mount('size=200k,mode=0700')
+    def check_another_place(self, options, reason):
+        self.mount(options)
         self.use_archive(('grpc/big.pem', 'x' * 1_000_000))
-        self.assert_one_line(self.run_archive(), f'cannot unpack into {self.cache}: No space left on device')
-        self.assertEqual(os.listdir(self.cache), [])
+        run = self.run_archive()
+        self.assertEqual((0, []), (run.code, os.listdir(self.cache)), run.err)
+        self.assertRegex(run.err, rf'\Akubensage-agent: .*{reason}.*unpacking into .* for this run alone.*\n\Z')
 
-    def test_mount_without_exec_is_one_line(self):
-        self.mount('noexec,mode=0700')
-        self.assert_one_line(self.run_archive(), f'{self.cache} is mounted noexec')
+    def test_full_cache_has_another_place(self):
+        self.check_another_place('size=200k,mode=0700', 'No space left on device')
+
+    def test_cache_without_exec_has_another_place(self):
+        self.check_another_place('noexec,mode=0700', 'noexec')
 
     def test_cache_that_is_read_only_serves_what_is_there(self):
         self.mount('mode=0700')
@@ -3518,6 +3525,15 @@ class HttpTest(Case):
         process.terminate()
         self.assertEqual(process.result()[:2], (0, ''))
 
+class AcceptTest(Case):
+    def test_openmetrics_is_weighed(self):
+        self.check_table(agent.prefers_openmetrics, [
+            ('', False), ('*/*', False), ('application/openmetrics-text;q=0', False),
+            ('text/plain;version=0.0.4;q=1,application/openmetrics-text;q=0.5', False),
+            ('application/openmetrics-text;version=1.0.0,text/plain;q=0.5', True),
+            ('Application/OpenMetrics-Text; q=0.9 , text/plain; q=0.3', True),
+            ('application/openmetrics-text;q=x', True)])
+
 
 # --- log
 
@@ -4527,7 +4543,7 @@ class RuntimeDiscoveryTest(RuntimeCase):
     def test_the_agent_only_reads(self):
         reading = {'Version', 'Status', 'ImageFsInfo', 'ListPodSandbox', 'ListContainers', 'ListContainerStats',
                    'ContainerStatus'}
-        named = re.findall(r"(?:fetch|start_call)\((?:\w+\.)?\w+, '(\w+)'", read_text(agent.__file__))
+        named = re.findall(r"(?:fetch|cri_method)\((?:\w+\.)*\w+, '(\w+)'", read_text(agent.__file__))
         self.endpoint, runtime = self.socket, FakeRuntime(self, ListContainerStats=[grpc.StatusCode.UNKNOWN, b''])
         self.cycle(times=2)
         self.assertEqual((reading, reading), (set(named), set(runtime.asked)))
@@ -5476,7 +5492,7 @@ class AnswersTest(RuntimeCase):
                 'unintelligible: odd' in failures.get('container runtime', ''),
                 metrics.node_metrics.HasField('container_runtime'), state.runtime is not before))
             if failed:
-                self.assertRaises(ValueError, agent.start_call, connected, 'Version', 1)
+                self.assertRaises(ValueError, agent.cri_method(connected, 'Version'), b'')
         self.assertEqual(2, runtime.asked.count('Version'))
 
 
@@ -5762,7 +5778,7 @@ class SnapshotTest(Case):
         self.assertEqual(queue, {
             'snapshots': '1', 'memory_bytes': '5', 'sent_total': '6', 'acknowledged_total': '7',
             'reconnects_total': '4',
-            'dropped_total': {'size': '3', 'retention': '0', 'too large': '0', 'damaged': '0'}})
+            'dropped_total': {'size': '3', 'retention': '0', 'too large': '0', 'damaged': '0', 'refused': '0'}})
 
     def test_open_files_are_listed_once_a_minute(self):
         stats, seen = self.stats, []
@@ -5798,6 +5814,47 @@ class SnapshotTest(Case):
             for previous, now in zip(states, states[1:]):
                 agent.log_changes(previous, now)
         self.assertEqual(logged.output, ['WARNING:kubensage-agent:cpu: x', 'INFO:kubensage-agent:cpu: recovered'])
+
+# --- a snapshot that is too large
+
+class TooLargeTest(Case):
+    def metrics(self):
+        labels, status = {'a': 'x' * 100}, wire.ContainerStatus(reason='y' * 100)
+        def container(state):
+            return wire.ContainerMetrics(id='i' * 100, state=state, labels=labels, image_ref='z' * 100, status=status,
+                                         cgroup=wire.CgroupMetrics(path='p' * 100))
+        metrics = wire.Metrics(timestamp=1, pod_metrics=[wire.PodMetrics(
+            name='pod', labels=labels, qos_class='Burstable', cgroup=wire.CgroupMetrics(path='p' * 100),
+            container_metrics=[container('CONTAINER_RUNNING'), container('CONTAINER_EXITED')])])
+        metrics.node_metrics.hostname = 'node'
+        return metrics
+
+    def test_it_has_less_and_less_until_it_fits(self):
+        metrics = self.metrics()
+        whole, limit, seen = metrics.SerializeToString(), math.inf, []
+        while True:
+            data, failures = agent.serialize(metrics, limit)
+            less = wire.Metrics.FromString(data)
+            containers = [set(present(container)) - {'id', 'state'} for pod in less.pod_metrics
+                          for container in pod.container_metrics]
+            seen.append((less.agent_metrics.left_out, containers, [present(pod) for pod in less.pod_metrics]))
+            if not containers:
+                break
+            self.assertEqual(limit == math.inf, not failures)
+            limit = len(data) - 1
+        own, kept = {'labels', 'image_ref', 'status', 'cgroup'}, {'image_ref', 'status'}
+        pod = ['name', 'container_metrics', 'labels', 'qos_class', 'cgroup']
+        self.assertEqual([
+            ('', [own, own], [pod]), (agent.LEFT_OUT[0], [own, set()], [pod]),
+            (agent.LEFT_OUT[1], [kept | {'labels'}, set()], [pod]),
+            (agent.LEFT_OUT[2], [kept, set()], [[name for name in pod if name != 'labels']]),
+            (agent.LEFT_OUT[3], [set(), set()], [['name', 'container_metrics']]), ('pods', [], [])], seen)
+        # Those who show it have it whole.
+        self.assertEqual(whole, metrics.SerializeToString())
+        self.assertEqual('node', less.node_metrics.hostname)
+
+    def test_what_is_no_snapshot_stays_as_it_is(self):
+        self.assertEqual(b'\xff' * 9, agent.shrunk(b'\xff' * 9, 5))
 
 
 # --- spool
@@ -5901,7 +5958,8 @@ class SpoolTest(Case):
             header = agent.Record(b'KSR1', 3, 3, 10**9, time.time() - age, b'another'.ljust(36))
             agent.write_record(self.spool, number, header, b'%3d' % age)
         backlog = self.open()
-        self.assertEqual(list(agent.drop_excess(backlog, time.monotonic())), ['backlog'])
+        agent.drop_excess(backlog, time.monotonic())
+        self.assertEqual(['backlog'], list(backlog.failures))
         self.assertEqual((self.waiting(backlog), dropped(backlog)), ([b'500'], {'retention': 1}))
         self.assertEqual(os.listdir(self.spool), ['0000000000000002.snapshot'])
 
@@ -6083,13 +6141,13 @@ class DeliveryTest(RelayTest):
         self.assertTrue(relay.streams.empty())
 
     def test_only_the_answer_acknowledges(self):
-        """Whatever else ends a stream, all of its batch is sent again, oldest first, what is new behind it."""
+        """Whatever else ends a stream, all of its batch is sent again, oldest first, less at once."""
         for behaviour, arrived in ((cut_after_two, [1, 2]), (refuse, []), (exhausted, []),
                                    (fail_at_the_end, [1, 2, 3]), (end_without_answer, [1, 2, 3])):
             with self.subTest(arrived=arrived):
-                relay, backlog = FakeRelay(self, behaviour, behaviour), self.backlog(1, 2, 3)
+                relay, backlog = FakeRelay(self, behaviour), self.backlog(1, 2, 3)
                 self.deliver(backlog, relay.address)
-                self.assertEqual(relay.next_streams(3), [arrived, arrived, [1, 2, 3]])
+                self.assertEqual(relay.next_streams(3), [arrived, [1], [2, 3]])
                 self.drain(backlog)
                 self.assertEqual(dropped(backlog), {})
 
@@ -6099,7 +6157,7 @@ class DeliveryTest(RelayTest):
         relay, backlog = FakeRelay(self, answer_early), self.backlog()
         self.add(backlog, 1, 2, 3, pod_metrics=[dict(id='x' * (1 << 20))])
         self.deliver(backlog, relay.address)
-        self.assertEqual(relay.next_streams(2), [[1], [1, 2, 3]])
+        self.assertEqual(relay.next_streams(3), [[1], [1], [2, 3]])
         self.drain(backlog)
         self.assertEqual((backlog.acknowledged, dropped(backlog)), (3, {}))
 
@@ -6114,8 +6172,9 @@ class DeliveryTest(RelayTest):
             self.patch(SEND_TIMEOUT_SECONDS=timeout)
             self.resumed.put(0)
         streams = relay.next_streams(6)
-        self.assertEqual([len(stream) for stream in streams], [50, 25, 12, 24, 48, 36])
-        self.assertEqual(sum(streams[2:], []), list(range(1, 121)))
+        # 25 were too many: so many are not tried again soon.
+        self.assertEqual([len(stream) for stream in streams], [50, 25, 12, 24, 24, 24])
+        self.assertEqual(sum(streams[2:], []), list(range(1, 85)))
 
     def test_a_connection_to_a_relay_that_hangs_is_closed_and_made_anew(self):
         with contextlib.closing(socket.create_server(('127.0.0.1', 0))) as listener:
@@ -6135,8 +6194,9 @@ class DeliveryTest(RelayTest):
     def test_retention_drops_the_oldest_and_counts_them(self):
         backlog = self.backlog(1, 2, 3)
         first, second, third = backlog.snapshots
-        self.assertEqual(agent.drop_excess(backlog, first.taken + 599), {})
-        self.assertEqual(list(agent.drop_excess(backlog, (second.taken + third.taken) / 2 + 600)), ['backlog'])
+        for now, failed in (first.taken + 599, []), ((second.taken + third.taken) / 2 + 600, ['backlog']):
+            agent.drop_excess(backlog, now)
+            self.assertEqual(failed, list(backlog.failures))
         self.assertEqual((list(backlog.snapshots), dropped(backlog)), ([third], {'retention': 2}))
 
     def test_what_expires_under_way_does_not_take_its_successors_with_it(self):
@@ -6164,18 +6224,20 @@ class DeliveryTest(RelayTest):
         self.deliver(backlog, relay.address)
         self.assertEqual(relay.next_streams(1), [[1, 0, 2]])
 
-    def test_what_a_relay_with_a_smaller_limit_refuses_is_dropped_alone(self):
+    def test_what_a_relay_with_a_smaller_limit_refuses_goes_with_less_or_is_dropped_alone(self):
         relay, backlog = FakeRelay(self, limit_bytes=1000), self.backlog(1, 2)
-        for length in (2000, 3000):
-            self.add(backlog, 0, pod_metrics=[dict(id='x' * length)])
-            self.add(backlog, 3)
+        self.add(backlog, 3, pod_metrics=[dict(id='x' * 2000)])
+        self.add(backlog, 4)
+        self.add(backlog, 5, node_metrics=dict(hostname='x' * 3000))
+        self.add(backlog, 6)
         with self.assertLogs('kubensage-agent', 'ERROR') as logged:
             self.deliver(backlog, relay.address)
             wait_for('everything', lambda: not backlog.snapshots)
-        self.assertEqual((len(logged.output), backlog.acknowledged, dropped(backlog)), (2, 4, {'too large': 2}))
-        # What went before the refused one in its stream comes again.
-        arrived = [metrics.timestamp for metrics in relay.next_arrived(relay.arrived.qsize())]
-        self.assertEqual(({1, 2, 3}, 2), (set(arrived), arrived.count(3)))
+        self.assertEqual((len(logged.output), backlog.acknowledged, dropped(backlog)), (1, 5, {'too large': 1}))
+        # What went before the refused one in its stream may come again.
+        arrived = {metrics.timestamp: metrics for metrics in relay.next_arrived(relay.arrived.qsize())}
+        self.assertEqual({1: '', 2: '', 3: 'pods', 4: '', 6: ''},
+                         {number: metrics.agent_metrics.left_out for number, metrics in arrived.items()})
 
     def test_an_outage_is_logged_when_it_begins_and_when_it_ends_and_its_failures_are_counted(self):
         relay, backlog = FakeRelay(self, refuse, refuse, acknowledge, refuse), self.backlog(1)
@@ -6232,6 +6294,39 @@ class BackoffTest(unittest.TestCase):
                 pauses = [agent.backoff_seconds(failures) for _ in range(500)]
                 self.assertTrue(0 <= min(pauses) < longest / 10)
                 self.assertTrue(longest * 0.4 < max(pauses) <= longest)
+
+class DirectTest(Case):
+    def test_a_proxy_is_asked_as_by_curl(self):
+        self.check_table(agent.is_direct, [
+            *(((address, ''), True) for address in (
+                'localhost:5', 'LOCALHOST.:5', '127.9.9.9:5', '[::1]:5', '[::ffff:127.0.0.1]:5', '[0:0:0:0:0:0:0:1]:5')),
+            (('relay:5', ''), False), (('relay:5', '*'), True), (('RELAY:5', 'a, relay'), True),
+            (('relay:5', 'relay:5'), True), (('relay:5', 'relay:6'), False), (('a.relay.x:5', '.relay.x'), True),
+            (('a.relay.x:5', 'relay.x'), True), (('arelay.x:5', 'relay.x'), False), (('10.1.2.3:5', '10.0.0.0/8'), True),
+            (('10.1.2.3:5', '11.0.0.0/8'), False), (('[2001:db8::1]:5', '2001:db8::/32'), True),
+            (('[2001:db8::1]:5', '[2001:db8::1]:5'), True), (('[2001:db8::1]:5', '2001:db8::1'), True)])
+
+    def test_what_is_meant_for_other_programs_does_not_move_the_agent(self):
+        run = self.start('--version', environment={
+            'PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION': 'cpp', 'GRPC_POLL_STRATEGY': 'none', 'GRPC_VERBOSITY': 'DEBUG',
+            'GRPC_TRACE': 'all', 'GRPC_DNS_RESOLVER': 'ares'}).result()
+        self.assertEqual((0, f'kubensage-agent {agent.__version__}\n', ''), run)
+
+
+class PaceOfCatchUpTest(RelayTest):
+    def test_a_catch_up_goes_at_ten_times_the_pace_and_at_one_a_second_at_least(self):
+        relay, backlog = FakeRelay(self), self.backlog(*range(1, 16))
+        backlog.pace_seconds = 0.1
+        began = time.monotonic()
+        self.deliver(backlog, relay.address)
+        wait_for('everything', lambda: not backlog.snapshots)
+        # Ten at once, then a second later the rest.
+        self.assertEqual([10, 5], [len(stream) for stream in relay.next_streams(2)])
+        self.assertGreater(time.monotonic() - began, 0.9)
+        for seconds, pace in (1, 0.1), (5, 0.5), (60, 1):
+            options = agent.parse_options(['--relay-address', relay.address, f'--main-loop-duration={seconds}'], {})
+            with contextlib.ExitStack() as closing:
+                self.assertEqual(pace, agent.open_sinks(options, closing).backlog.pace_seconds)
 
 
 # --- TLS
@@ -6597,20 +6692,24 @@ class MainLoopTest(Case):
 
     def test_once_tells_by_its_exit_code_whether_the_relay_has_acknowledged(self):
         """Silent when it has, also on its way in plain text (0.0.0.0 is no loopback address, and leads here all the
-        same); one line when it has not, be it refused, down, or the snapshot too large for any relay."""
+        same); one line when it has not, be it refused or down. One that is too large for any relay goes with less."""
         relay, refusing, silent = (FakeRelay(self, usual=usual) for usual in (acknowledge, refuse, end_without_answer))
         huge = f'{self.directory}/run/huge.sock'
         FakeRuntime(self, huge, ListPodSandbox=list_pods(sandbox('x' * (5 << 20))))
         for expected, address, *arguments in (
                 ('', f'0.0.0.0:{relay.port}'), ('PERMISSION_DENIED: not you', refusing.address),
-                ('without', silent.address), ('UNAVAILABLE', closed_address(self)),
-                ('exceed', relay.address, '--cri-socket', huge)):
+                ('without', silent.address), ('UNAVAILABLE', closed_address(self))):
             with self.subTest(expected):
                 run = self.once(address, *arguments)
                 failed = bool(expected)
                 self.assertEqual((run.out, run.code, len(run.troubles)), ('', failed, failed), run.err)
                 self.assertIn(expected, run.err)
         self.assertEqual(len(relay.next_arrived(1)[0].pod_metrics), 1)
+        run = self.once(relay.address, '--cri-socket', huge)
+        self.assertEqual((0, 1), (run.code, len(run.troubles)), run.err)
+        arrived = relay.next_arrived(1)[0]
+        self.assertEqual((0, 'pods', 1), (len(arrived.pod_metrics), arrived.agent_metrics.left_out,
+                                          arrived.node_metrics.container_runtime.sandboxes['SANDBOX_READY']))
 
     def test_once_tells_of_its_own_snapshot_whatever_older_ones_have_come_to(self):
         header = agent.Record(b'KSR1', 9, 9, 0, time.time(), b'')
