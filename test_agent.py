@@ -720,7 +720,7 @@ class CachePlace(BundleCase):
         os.mkdir(temporary)
         result = self.run_archive(environment={'KUBENSAGE_CACHE': '/sys/kubensage-agent', 'TMPDIR': temporary})
         self.assertRegex(result.out, rf'\A{temporary}/kubensage-agent-\w+/x86_64-')
-        self.assertRegex(result.err, r'\Akubensage-agent: /sys/kubensage-agent '
+        self.assertRegex(result.err, r'\Akubensage-agent: /sys/kubensage-agent: '
                                      rf'.*{temporary}/kubensage-agent-.*KUBENSAGE_CACHE.*\n\Z')
         self.assertEqual((result.code, os.listdir(temporary)), (0, []))
 
