@@ -579,6 +579,17 @@ def start_thread(target: Callable[..., None], *arguments: Any) -> threading.Thre
     return thread
 
 
+def require_threads(count: int) -> None:
+    """RuntimeError unless so many can be had at once."""
+    checked, threads = threading.Event(), []
+    try:
+        threads.extend(start_thread(checked.wait) for _ in range(count))
+    finally:
+        checked.set()
+    for thread in threads:
+        thread.join()
+
+
 # --- messages
 
 @functools.lru_cache(None)
@@ -2796,6 +2807,8 @@ class RuntimeState:
         # Of the runtime that was found last, for the log.
         self.description = description
         self.stats_calls: queue.SimpleQueue = queue.SimpleQueue()
+        # What has failed of what is not asked in each cycle: it has not recovered before it is asked again.
+        self.troubles: Failures = {}
         self.pods: Dict[str, Pod] = {}
 
     def __del__(self) -> None:
@@ -2808,7 +2821,7 @@ def forget_runtime(state: RuntimeState) -> None:
     if state.runtime:
         state.runtime.channel.close()
     state.runtime = state.stats_call = None
-    state.conditions, state.image_file_systems = {}, ()
+    state.conditions, state.image_file_systems, state.troubles = {}, (), {}
     state.conditions_due = state.sizes_due = state.stats_due = 0.0
     state.stats_timeouts = 0
 
@@ -2860,10 +2873,11 @@ def fetch_stats(state: RuntimeState, needed: bool, cycle: Cycle) -> Dict[str, cr
         try:
             stats = fetch_result('ListContainerStats', call.started, call.result, cycle).stats
             cycle.failures.pop(subject, None)
+            state.troubles.pop(subject, None)
             state.stats_timeouts = 0
             return {utf8(entry.attributes.id): entry for entry in stats}
         except CriError as error:
-            cycle.failed(subject, error)
+            state.troubles[subject] = str(error)
             if error.code is grpc.StatusCode.DEADLINE_EXCEEDED:
                 state.stats_timeouts += 1
                 pause = STATS_TIMEOUT_SECONDS * 2 ** (state.stats_timeouts - 2) if state.stats_timeouts > 1 else 0
@@ -2884,23 +2898,26 @@ def is_stale(container: Container, again: bool) -> bool:
     return again and (late or not container.message.HasField('status'))
 
 
-def fetch_statuses(runtime: Runtime, containers: Iterable[Container], again: bool, cycle: Cycle) -> None:
+def fetch_statuses(state: RuntimeState, containers: Iterable[Container], again: bool, cycle: Cycle) -> None:
     """The status of each container in its present state, for some containers a cycle."""
     stale = [container for container in containers if is_stale(container, again)]
     # Those that have exited first: people look for the reason.
     stale.sort(key=lambda container: container.state != cri.CONTAINER_EXITED)
+    if stale:
+        state.troubles.pop('container status', None)
     for container in stale[:STATUSES_PER_CYCLE]:
         if container.asked_state != container.state:
             container.message.ClearField('status')
             container.asked_state = container.state
         try:
             request = cri.ContainerStatusRequest(container_id=container.message.id).SerializeToString()
-            answer = fetch(runtime, 'ContainerStatus', cycle, request)
+            answer = fetch(state.runtime, 'ContainerStatus', cycle, request)
         except CriError as error:
             # A container that is gone by now is no trouble.
             if error.code not in (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.UNKNOWN):
-                cycle.failed('container status', error)
+                state.troubles['container status'] = str(error)
             if error.code is grpc.StatusCode.DEADLINE_EXCEEDED:
+                container.asked_state = None
                 break
             continue
         status = answer.status
@@ -2920,17 +2937,19 @@ def fetch_health(state: RuntimeState, conditions_due: bool, sizes_due: bool, cyc
     """Whether the runtime calls itself ready, and what its images take. An old answer stays until there is a new
     one."""
     images = state.runtime._replace(service=state.runtime.service.replace('RuntimeService', 'ImageService'))
-    try:
-        if conditions_due:
-            conditions = fetch(state.runtime, 'Status', cycle).status.conditions
-            state.conditions = {utf8(condition.type): condition.status for condition in conditions}
-    except CriError as error:
-        cycle.failed('runtime health', error)
-    try:
-        if sizes_due:
-            state.image_file_systems = fetch(images, 'ImageFsInfo', cycle).image_filesystems
-    except CriError as error:
-        cycle.failed('runtime health', error)
+    for runtime, method, due in ((state.runtime, 'Status', conditions_due), (images, 'ImageFsInfo', sizes_due)):
+        subject = f'runtime health: {method}'
+        try:
+            answer = fetch(runtime, method, cycle) if due else None
+        except CriError as error:
+            state.troubles[subject] = str(error)
+            continue
+        if answer is not None:
+            state.troubles.pop(subject, None)
+        if answer is not None and method == 'Status':
+            state.conditions = {utf8(condition.type): condition.status for condition in answer.status.conditions}
+        elif answer is not None:
+            state.image_file_systems = answer.image_filesystems
 
 
 def update_from_runtime(state: RuntimeState, options: Options, cycle: Cycle) -> bool:
@@ -2979,13 +2998,16 @@ def fetch_details(state: RuntimeState, options: Options, message: wire.RuntimeMe
     needed = any(container.group is None and container.state == cri.CONTAINER_RUNNING for container in containers)
     if needed or sizes_due:
         start_stats(state, cycle)
-    fetch_statuses(state.runtime, containers, conditions_due, cycle)
+    fetch_statuses(state, containers, conditions_due, cycle)
     state.conditions_due = cycle.now + CONDITIONS_SECONDS if conditions_due else state.conditions_due
     state.sizes_due = cycle.now + options.fs_stats_interval if sizes_due else state.sizes_due
     fetch_health(state, conditions_due, sizes_due, cycle)
     message.conditions.update(state.conditions)
     fill_list(message.image_file_systems, state.image_file_systems, fill_file_system)
-    return fetch_stats(state, needed, cycle) if state.stats_call else {}
+    stats = fetch_stats(state, needed, cycle) if state.stats_call else {}
+    for subject, error in state.troubles.items():
+        cycle.failures.setdefault(subject, error)
+    return stats
 
 
 def collect_pods(metrics: wire.Metrics, options: Options, state: RuntimeState, cycle: Cycle) -> None:
@@ -3208,7 +3230,6 @@ class Backlog:
 
     memory_bytes = spool_bytes = 0
     next_number = 1
-    given_up = False
     max_snapshot_bytes = MAX_SNAPSHOT_BYTES
     # Seconds for each snapshot of a catch-up.
     pace_seconds = 0.0
@@ -3224,7 +3245,7 @@ class Backlog:
         self.snapshots: Deque[Snapshot] = collections.deque()
         self.boot_id = (read_line(BOOT_ID) or '').encode()[:36].ljust(36)
         self.changed = threading.Condition()
-        self.closing = threading.Event()
+        self.closing, self.given_up = threading.Event(), threading.Event()
         self.dropped: Counts = dict.fromkeys(DROP_CAUSES, 0)
         # What was dropped since the last snapshot was added.
         self.failures: Failures = {}
@@ -3471,11 +3492,16 @@ BACKOFF_FIRST_SECONDS, BACKOFF_LONGEST_SECONDS = 0.5, 30
 LAST_ATTEMPT_SECONDS, ONCE_DELIVERY_SECONDS = 5, 10
 # In place of a status code, where the files do not even allow an attempt, or no thread can be started.
 NOT_CONNECTED, NO_THREAD = 'not connected', 'no thread'
+NO_CONNECTION = re.compile('failed to connect|resolution failed', re.IGNORECASE)
 # What may be about a message that was sent. The other codes are about the way.
 ABOUT_THE_MESSAGE = frozenset(('ABORTED', 'DATA_LOSS', 'FAILED_PRECONDITION', 'INTERNAL', 'INVALID_ARGUMENT',
                                'OUT_OF_RANGE', 'RESOURCE_EXHAUSTED', 'UNKNOWN'))
 # How often a snapshot is refused alone before the others are tried.
 REFUSALS = 3
+# How often it is refused right after another one was taken before it is dropped: once for a reason that is surely its
+# own, more often for one that may be the relay's.
+SURE_REASON = re.compile('INVALID_ARGUMENT|OUT_OF_RANGE|FAILED_PRECONDITION|DATA_LOSS|.* status: 413')
+PROOFS = 3
 # After so many batches a size that was once refused is tried again.
 LARGER_AFTER_BATCHES = 10
 
@@ -3574,13 +3600,15 @@ def send_batch(connection: Connection, backlog: Backlog, batch: Sequence[Snapsho
         if messages.gi_frame is not None:
             return SendError('UNKNOWN', 'the relay answered before it had read everything', len(sent))
         backlog.acknowledged += len(sent)
-        backlog.acknowledged_number = max(sent, default=backlog.acknowledged_number)
+        backlog.acknowledged_number = max([backlog.acknowledged_number, *sent])
         backlog.last_acknowledged = time.monotonic()
         return None
     except grpc.RpcError as error:
         if error.code() is grpc.StatusCode.CANCELLED:
             return SendError('CANCELLED', 'stopped before the relay had answered', len(sent))
-        return SendError(error.code().name, error.details() or '', len(sent))
+        details = error.details() or ''
+        # grpc takes the first message before it is connected.
+        return SendError(error.code().name, details, 0 if NO_CONNECTION.search(details) else len(sent))
     except RuntimeError as error:
         return SendError(NO_THREAD, str(error))
     except ValueError:
@@ -3619,6 +3647,7 @@ class Way:
 
     def __init__(self) -> None:
         self.refusals: Counts = collections.Counter()
+        self.proofs: Counts = collections.Counter()
         self.aside: Set[int] = set()
 
 
@@ -3648,7 +3677,8 @@ def refusal(backlog: Backlog, way: Way, batch: Sequence[Snapshot], error: SendEr
         backlog.max_snapshot_bytes = min(known_limit, int(limit.group(1)) if limit else known_limit)
         return None if backlog.max_snapshot_bytes < known_limit else 'too large'
     if number in way.aside and way.taking:
-        return 'refused'
+        way.proofs[number] += PROOFS if SURE_REASON.match(f'{error.code}: {error.details}') else 1
+        return 'refused' if way.proofs[number] >= PROOFS else None
     way.refusals[number] += 1
     if way.refusals[number] >= REFUSALS or way.aside:
         way.aside.add(number)
@@ -3671,7 +3701,7 @@ def deliver(backlog: Backlog, relay: Relay) -> None:
     goes on where it was refused. A catch-up goes at the backlog's pace."""
     connection, failures, way, logged = None, 0, Way(), set()
     paced = max(1, int(1 / backlog.pace_seconds)) if backlog.pace_seconds else MAX_STREAM_SNAPSHOTS
-    while True:
+    while not backlog.given_up.is_set():
         last_attempt, verify, began = backlog.closing.is_set(), bool(way.aside) and way.taking, time.monotonic()
         limit = way.limit if last_attempt else min(way.limit, paced)
         batch = next_batch(backlog, 1 if verify else limit, way.aside, verify)
@@ -3688,17 +3718,21 @@ def deliver(backlog: Backlog, relay: Relay) -> None:
         if error is None or cause:
             forget_snapshots(backlog, batch, cause)
             way.aside.discard(batch[0].number)
-            way.taking = way.taking or error is None
-            if failures:
+            if not way.aside:
+                way.refusals.clear()
+                way.proofs.clear()
+            way.taking = error is None
+            if failures and error is None:
                 log.info('relay %s: recovered; dropped so far: %d', relay.address, sum(backlog.dropped.values()))
             failures, logged = 0, set()
             backlog.closing.wait(max(0.0, began + len(batch) * backlog.pace_seconds - time.monotonic()))
             continue
         way.taking, failures = False, 1 if fewer else failures + 1
         log_send_error(relay, error, logged)
-        if backlog.given_up or last_attempt and not (fewer or 0 < way.refusals[batch[0].number] <= REFUSALS):
+        if last_attempt and not (fewer or 0 < way.refusals[batch[0].number] <= REFUSALS):
             break
-        (time.sleep if last_attempt else backlog.closing.wait)(backoff_seconds(failures))
+        (backlog.given_up if last_attempt else backlog.closing).wait(
+            backoff_seconds(1 if error.code == NO_THREAD else failures))
     if connection:
         connection.channel.close()
 
@@ -3724,7 +3758,7 @@ def close_backlog(backlog: Backlog, sender: threading.Thread, patience_seconds: 
         backlog.closing.set()
         backlog.changed.notify()
     sender.join(patience_seconds)
-    backlog.given_up = True
+    backlog.given_up.set()
     if sender.is_alive() and backlog.channel:
         backlog.channel.close()
         sender.join(1)
@@ -5200,6 +5234,9 @@ STUCK_INTERVALS, STUCK_SECONDS, STUCK_CHECKS, STUCK_STATUS = 10, 60, 10, 70
 CATCH_UP_PACE = 10
 # malloc.h, glibc's.
 M_ARENA_MAX = -8
+# What the agent has beside grpc's: the sender, its stream, the watchdog, the server of --listen, two connections, the
+# statistics; and the helper with a question that waits.
+OWN_THREADS = 10
 
 
 class Sinks(NamedTuple):
@@ -5426,6 +5463,15 @@ def spare_memory() -> None:
         libc().malloc_trim(0)
 
 
+def start_grpc() -> grpc.Channel:
+    """A channel that leads nowhere, and keeps grpc's threads as long as it lives: one a CPU, 4 to 16 (Clamp in
+    posix_engine.cc), and one each for timers and for the others. grpc does without those that it cannot start, then
+    and later on: a call then never ends, not even at its deadline. So they are started when they are to be had, and
+    not again after each connection. RuntimeError where there are too few."""
+    require_threads(min(max(os.sysconf('SC_NPROCESSORS_CONF'), 4), 16) + 2 + OWN_THREADS)
+    return grpc.insecure_channel('unix:/')
+
+
 def main(arguments: Optional[Sequence[str]] = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse_options(arguments, os.environ, bool(sys.stdout and sys.stdout.isatty()))
@@ -5442,7 +5488,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     raise_open_files_limit()
     spare_memory()
     try:
-        return run_once(roots, options) if options.once else run_loop(roots, options)
+        with start_grpc():
+            return run_once(roots, options) if options.once else run_loop(roots, options)
     except ListenError as error:
         log.error('%s', error)
         return 1
