@@ -2028,10 +2028,12 @@ MARKERS, OFTEN = ({version: sum(file.when <= when for file in files) for version
 
 
 def open_group(tree: CgroupTree, group: Group) -> OpenFiles:
-    """Open what is not open yet: all of the group's files, or those that were absent or failed."""
+    """Open what is not open yet: all of the group's files, or those that were absent or failed. Where half of the
+    descriptors are in use, which are given out from the lowest number on, limits are opened each time."""
     files = group.files if group.files.descriptors else OpenFiles(len(GROUP_FILES[tree.version]))
+    half = open_files_limit() // 2
     for number, file in enumerate(GROUP_FILES[tree.version]):
-        if files.descriptors[number] is None:
+        if files.descriptors[number] is None and (file.when < LIMIT or (files.descriptors[0] or 0) < half):
             with contextlib.suppress(OSError):
                 path = tree.file_path(group.path, file.name)
                 files.descriptors[number] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -2322,21 +2324,17 @@ def fetch(runtime: Runtime, method: str, cycle: Cycle, request: bytes = b'', sha
     return fetch_result(method, time.monotonic(), ask, cycle)
 
 
-def fetch_versions(candidates: Sequence[Runtime], cycle: Cycle) -> Tuple[List[Runtime], Dict[str, str]]:
-    """The candidates that answer Version, and by socket why the others do not."""
-    answered, reasons = [], {}
-    for number, candidate in enumerate(candidates):
-        for service in CRI_SERVICES:
-            try:
-                runtime = candidate._replace(service=service)
-                answer = fetch(runtime, 'Version', cycle, share=1 / (len(candidates) - number + 1))
-                answered.append(runtime._replace(name=utf8(answer.runtime_name), version=utf8(answer.runtime_version)))
-                break
-            except CriError as error:
-                reasons[candidate.socket] = str(error)
-                if error.code is not grpc.StatusCode.UNIMPLEMENTED:
-                    break
-    return answered, reasons
+def fetch_version(candidate: Runtime, share: float, cycle: Cycle) -> Runtime:
+    """The candidate under the name of its service, with what it calls itself. CriError."""
+    for service in CRI_SERVICES:
+        try:
+            runtime = candidate._replace(service=service)
+            answer = fetch(runtime, 'Version', cycle, share=share)
+            break
+        except CriError as error:
+            if error.code is not grpc.StatusCode.UNIMPLEMENTED or service == CRI_SERVICES[-1]:
+                raise
+    return runtime._replace(name=utf8(answer.runtime_name), version=utf8(answer.runtime_version))
 
 
 def is_inhabited(runtime: Runtime, cycle: Cycle) -> bool:
@@ -2354,14 +2352,19 @@ def find_runtime(paths: Sequence[str], unclear: Sequence[str], cycle: Cycle) -> 
     if not candidates:
         where = paths[0] if len(paths) == 1 else 'any of the usual paths (--cri-socket names another)'
         raise CriError('; '.join((f'none found: no socket at {where}', *unclear)))
-    runtimes, reasons = fetch_versions(candidates, cycle)
+    runtimes, reasons = [], []
+    for number, candidate in enumerate(candidates):
+        try:
+            runtimes.append(fetch_version(candidate, 1 / (len(candidates) - number + 1), cycle))
+        except CriError as error:
+            reasons.append(f'{candidate.socket}: {error}')
     if len(runtimes) > 1:
         runtimes.sort(key=lambda runtime: not is_inhabited(runtime, cycle))
     for candidate in candidates:
         if not runtimes or candidate.socket != runtimes[0].socket:
             candidate.channel.close()
     if not runtimes:
-        raise CriError('none answers: ' + '; '.join(f'{path}: {reason}' for path, reason in reasons.items()))
+        raise CriError(f'none answers: {"; ".join(reasons)}')
     return runtimes[0]
 
 
@@ -3048,37 +3051,34 @@ def collect_pods(metrics: wire.Metrics, options: Options, state: RuntimeState, c
 
 # --- a snapshot that is too large
 
-# What is left out of a snapshot that is too large, one step after the other.
-LEFT_OUT = ('fields from 100 up of containers that do not run', 'fields from 100 up of containers, but for three',
-            'labels', 'fields from 100 up of pods and containers', 'pods')
+# The relay's contract has the fields below; the others are this agent's own.
 FIRST_OWN_FIELD = 100
-LAST_TO_GO = ('restart_count', 'status', 'image_ref')
+# What is left out of a snapshot that is too large, one step after the other: what it is called, and the own fields that
+# containers and pods keep. At the first step containers that run keep all; after the last there are no pods.
+POD_FIELDS = tuple(name for name in field_names(wire.PodMetrics) if name != 'labels')
+LEFT_OUT = (('fields from 100 up of containers that do not run', (), (*POD_FIELDS, 'labels')),
+            ('fields from 100 up of containers, but for three', ('restart_count', 'status', 'image_ref', 'labels'),
+             (*POD_FIELDS, 'labels')),
+            ('labels', ('restart_count', 'status', 'image_ref'), POD_FIELDS),
+            ('fields from 100 up of pods and containers', (), ()),
+            ('pods', (), ()))
 
 
-def clear_own(message: Any, kept: Sequence[str] = ()) -> None:
-    """Without the fields that the relay's contract does not have."""
+def keep_own(message: Any, kept: Sequence[str]) -> None:
+    """Of the own fields these alone."""
     for field in message.DESCRIPTOR.fields:
         if field.number >= FIRST_OWN_FIELD and field.name not in kept:
             message.ClearField(field.name)
 
 
 def leave_out(metrics: wire.Metrics, step: int) -> None:
-    """LEFT_OUT[step]."""
-    metrics.agent_metrics.left_out = LEFT_OUT[step]
-    for pod in metrics.pod_metrics:
-        for container in pod.container_metrics:
-            if step == 0 and container.state != 'CONTAINER_RUNNING' or step == 3:
-                clear_own(container)
-            elif step == 1:
-                clear_own(container, (*LAST_TO_GO, 'labels'))
-            elif step == 2:
-                container.labels.clear()
-        if step == 2:
-            pod.labels.clear()
-        elif step == 3:
-            clear_own(pod)
-    if step == 4:
+    metrics.agent_metrics.left_out, of_containers, of_pods = LEFT_OUT[step]
+    if step == len(LEFT_OUT) - 1:
         del metrics.pod_metrics[:]
+    for pod in metrics.pod_metrics:
+        keep_own(pod, of_pods)
+        for container in (item for item in pod.container_metrics if step or item.state != 'CONTAINER_RUNNING'):
+            keep_own(container, of_containers)
 
 
 def serialize(metrics: wire.Metrics, max_bytes: int) -> Tuple[bytes, Failures]:
@@ -3092,7 +3092,8 @@ def serialize(metrics: wire.Metrics, max_bytes: int) -> Tuple[bytes, Failures]:
             metrics.CopyFrom(whole)
         leave_out(metrics, step)
         data, step = metrics.SerializeToString(), step + 1
-    return data, {'snapshot': f'above {max_bytes} bytes: without {", ".join(LEFT_OUT[:step])}'} if step else {}
+    left_out = ', '.join(what for what, *_ in LEFT_OUT[:step])
+    return data, {'snapshot': f'above {max_bytes} bytes: without {left_out}'} if step else {}
 
 
 def shrunk(data: bytes, max_bytes: int) -> bytes:
@@ -3531,8 +3532,8 @@ def backoff_seconds(failures: int) -> float:
 
 
 def is_direct(address: str, no_proxy: str) -> bool:
-    """Whether no proxy is asked, as curl(1) decides it: on loopback in any spelling, and where no_proxy names the host, a
-    domain of it, its network, or all (*), each with its port or without."""
+    """Whether no proxy is asked, as curl(1) decides it: on loopback in any spelling, and where no_proxy names the host,
+    a domain of it, its network, or all (*), each with its port or without."""
     import ipaddress
     host, _, port = address.lower().rpartition(':')
     host = host.strip('[]').rstrip('.')

@@ -5848,10 +5848,10 @@ class TooLargeTest(Case):
         own, kept = {'labels', 'image_ref', 'status', 'cgroup'}, {'image_ref', 'status'}
         pod = ['name', 'container_metrics', 'labels', 'qos_class', 'cgroup']
         self.assertEqual([
-            ('', [own, own], [pod]), (agent.LEFT_OUT[0], [own, set()], [pod]),
-            (agent.LEFT_OUT[1], [kept | {'labels'}, set()], [pod]),
-            (agent.LEFT_OUT[2], [kept, set()], [[name for name in pod if name != 'labels']]),
-            (agent.LEFT_OUT[3], [set(), set()], [['name', 'container_metrics']]), ('pods', [], [])], seen)
+            ('', [own, own], [pod]), (agent.LEFT_OUT[0][0], [own, set()], [pod]),
+            (agent.LEFT_OUT[1][0], [kept | {'labels'}, set()], [pod]),
+            (agent.LEFT_OUT[2][0], [kept, set()], [[name for name in pod if name != 'labels']]),
+            (agent.LEFT_OUT[3][0], [set(), set()], [['name', 'container_metrics']]), ('pods', [], [])], seen)
         # Those who show it have it whole.
         self.assertEqual(whole, metrics.SerializeToString())
         self.assertEqual('node', less.node_metrics.hostname)
@@ -6642,10 +6642,12 @@ class DirectTest(Case):
     def test_a_proxy_is_asked_as_by_curl(self):
         self.check_table(agent.is_direct, [
             *(((address, ''), True) for address in (
-                'localhost:5', 'LOCALHOST.:5', '127.9.9.9:5', '[::1]:5', '[::ffff:127.0.0.1]:5', '[0:0:0:0:0:0:0:1]:5')),
+                'localhost:5', 'LOCALHOST.:5', '127.9.9.9:5', '[::1]:5', '[::ffff:127.0.0.1]:5', '[0:0:0:0:0:0:0:1]:5'
+            )),
             (('relay:5', ''), False), (('relay:5', '*'), True), (('RELAY:5', 'a, relay'), True),
             (('relay:5', 'relay:5'), True), (('relay:5', 'relay:6'), False), (('a.relay.x:5', '.relay.x'), True),
-            (('a.relay.x:5', 'relay.x'), True), (('arelay.x:5', 'relay.x'), False), (('10.1.2.3:5', '10.0.0.0/8'), True),
+            (('a.relay.x:5', 'relay.x'), True), (('arelay.x:5', 'relay.x'), False),
+            (('10.1.2.3:5', '10.0.0.0/8'), True),
             (('10.1.2.3:5', '11.0.0.0/8'), False), (('[2001:db8::1]:5', '2001:db8::/32'), True),
             (('[2001:db8::1]:5', '[2001:db8::1]:5'), True), (('[2001:db8::1]:5', '2001:db8::1'), True)])
 
@@ -7136,6 +7138,23 @@ class WatchdogTest(Case):
         while 'WATCHDOG' in heard[-1]:
             heard.append(notify.recv(4096).decode())
         self.assertEqual((heard[-1], process.wait(PATIENCE_SECONDS)), ('STOPPING=1', 0))
+
+    def test_a_cycle_that_does_not_end_ends_the_agent_and_its_log_tells_where_it_stands(self):
+        """One that is slow does not: nor does a process that was stopped."""
+        change = ('agent.STUCK_SECONDS, agent.STUCK_INTERVALS = 0.5, 1; import time; '
+                  'agent.NODE_SUBJECTS = {"cpu": lambda node, state, cycle: time.sleep(%s)}')
+        run = self.start('--main-loop-duration', '0.1', change=change % 60).result()
+        self.assertEqual((agent.STUCK_STATUS, 1), (run.code, run.err.count('a cycle does not end')), run.err)
+        for text in (run.err, read_text(f'{self.directory}/log')):
+            self.assertRegex(text, r'(?s)most recent call first.*in collect_node\n.*in run_loop\n')
+        process = self.start('--main-loop-duration', '0.1', '--output', 'json', change=change % 0.2)
+        process.next_snapshot()
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(1)
+        process.send_signal(signal.SIGCONT)
+        process.next_snapshot()
+        process.terminate()
+        self.assertEqual(0, process.result().code)
 
     def test_the_watchdog_hears_nothing_of_cycles_that_do_not_complete(self):
         path = f'{self.directory}/notify'
