@@ -3501,7 +3501,8 @@ ABOUT_THE_MESSAGE = frozenset(('ABORTED', 'DATA_LOSS', 'FAILED_PRECONDITION', 'I
 REFUSALS = 3
 # How often it is refused right after another one was taken before it is dropped: once for a reason that is surely its
 # own, more often for one that may be the relay's.
-SURE_REASON = re.compile('INVALID_ARGUMENT|OUT_OF_RANGE|FAILED_PRECONDITION|DATA_LOSS|.* status: 413')
+TOO_LARGE_FOR_HTTP, SMALLEST_LIMIT_BYTES = 'status: 413', 1 << 18
+SURE_REASON = re.compile(f'INVALID_ARGUMENT|OUT_OF_RANGE|FAILED_PRECONDITION|DATA_LOSS|.*{TOO_LARGE_FOR_HTTP}')
 PROOFS = 3
 # After so many batches a size that was once refused is tried again.
 LARGER_AFTER_BATCHES = 10
@@ -3671,12 +3672,17 @@ def refusal(backlog: Backlog, way: Way, batch: Sequence[Snapshot], error: SendEr
     after another one was taken. Until then it is set aside."""
     if len(batch) > 1 or not error.sent or error.code not in ABOUT_THE_MESSAGE:
         return None
-    number = batch[0].number
+    number, known_limit = batch[0].number, backlog.max_snapshot_bytes
     if error.is_too_large():
         # `received message larger than max (5242880 vs. 4194304)`
-        limit, known_limit = re.search(r'\(\d+ vs\. (\d+)\)', error.details), backlog.max_snapshot_bytes
+        limit = re.search(r'\(\d+ vs\. (\d+)\)', error.details)
         backlog.max_snapshot_bytes = min(known_limit, int(limit.group(1)) if limit else known_limit)
         return None if backlog.max_snapshot_bytes < known_limit else 'too large'
+    smaller = min(known_limit, batch[0].plain_bytes) * 3 // 4
+    if smaller >= SMALLEST_LIMIT_BYTES and TOO_LARGE_FOR_HTTP in error.details:
+        # A proxy does not say what it takes.
+        backlog.max_snapshot_bytes = smaller
+        return None
     if number in way.aside and way.taking:
         way.proofs[number] += PROOFS if SURE_REASON.match(f'{error.code}: {error.details}') else 1
         return 'refused' if way.proofs[number] >= PROOFS else None
