@@ -7075,6 +7075,20 @@ class MainLoopTest(Case):
         run = self.once(relay.address, '--buffer-max-size', '0.01')
         self.assertEqual((run.code, relay.arrived.qsize()), (1, 0), run.err)
 
+    @needs_root
+    def test_a_name_of_etc_hosts_is_known_whatever_the_dns_does(self):
+        """A server that never answers."""
+        relay, dns = FakeRelay(self), socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self.addCleanup(dns.close)
+        dns.bind(('127.0.0.77', 53))
+        self.write({'resolv.conf': 'nameserver 127.0.0.77\n', 'hosts': '127.0.0.1 relay.test\n'})
+        mount = 'mount --bind "$0/resolv.conf" /etc/resolv.conf; mount --bind "$0/hosts" /etc/hosts; exec "$@"'
+        began = time.monotonic()
+        run = self.start('--once', '--relay-address', f'relay.test:{relay.port}',
+                         prefix=('unshare', '--mount', 'sh', '-ec', mount, self.directory)).result()
+        self.assertEqual(0, run.code, run.err)
+        self.assertLess(time.monotonic() - began, 6)
+
     def test_once_gives_up_on_a_relay_that_hangs(self):
         relay = FakeRelay(self)
         relay.usual = relay.hold
@@ -7481,7 +7495,8 @@ def play_relay(port, path, seed):
     """A relay, as a process to be killed. It holds what it has written to the file before it answered; with a seed,
     it refuses, hesitates, cuts streams, and loses answers."""
     chance, file = random.Random(seed), os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    troubles = ('none', 'none', 'none', 'refuse', 'cut', 'slow', 'answer lost', 'no answer') if seed else ('none',)
+    troubles = ('none', 'none', 'none', 'none', 'refuse', 'cut', 'reset', 'too large', 'slow', 'answer lost',
+                'no answer') if seed else ('none',)
 
     def behave(messages, context):
         trouble = chance.choice(troubles)
@@ -7490,7 +7505,13 @@ def play_relay(port, path, seed):
         if trouble == 'cut':
             collections.deque(itertools.islice(messages, chance.randrange(5)), 0)
             context.abort(grpc.StatusCode.UNAVAILABLE, 'cut')
+        if trouble == 'reset':
+            collections.deque(itertools.islice(messages, 1), 0)
+            context.abort(grpc.StatusCode.INTERNAL, 'the stream was reset')
         arrived = list(messages)
+        if trouble == 'too large' and len(arrived) > 2:
+            # A proxy, in the C core's words.
+            context.abort(grpc.StatusCode.UNKNOWN, 'Received http2 header with status: 413')
         if trouble == 'slow':
             threading.Event().wait(chance.uniform(0, 1))
         # A whole stream at once: a relay that is killed holds all of it or nothing.
