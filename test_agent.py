@@ -6449,15 +6449,16 @@ class WayTest(RelayTest):
         relay, backlog = FakeRelay(self, usual=self.take_but()), self.backlog(1)
         self.add_large(backlog, 0, size=1_100_000)
         self.add(backlog, 2)
+        noise = b'\xff' * 1_100_000
         with backlog.changed:
-            agent.append_snapshot(backlog, agent.Snapshot(9, time.monotonic(), 1 << 21, 1 << 21, b'\xff' * (1 << 21)))
+            agent.append_snapshot(backlog, agent.Snapshot(9, time.monotonic(), len(noise), len(noise), noise))
         backlog.next_number = 10
-        self.add(backlog, 3, 4)
+        # What nginx answers may reach the agent as a stream that was reset: then one proof is not enough.
+        self.add(backlog, 3, 4, 5, 6, 7, 8)
         with self.assertLogs('kubensage-agent', 'ERROR') as logged:
             self.deliver(backlog, self.nginx(relay.address))
             self.emptied(backlog)
-        self.assertEqual(({0, 1, 2, 3, 4}, {'refused': 1}, 1), ({*self.taken}, dropped(backlog), len(logged.output)))
-        self.assertIn('Received http2 header with status: 413', logged.output[0])
+        self.assertEqual(({*range(9)}, {'refused': 1}, 1), ({*self.taken}, dropped(backlog), len(logged.output)))
 
     def check_poison(self, poison, count, *, left=()):
         """Of so many snapshots, all arrive in order but those that the relay refuses; of which these are left."""
