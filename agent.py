@@ -1117,7 +1117,7 @@ def ask_helper(helper: Helper, what: bytes, paths: Iterable[str], cycle: Cycle) 
             return {path: answers[question] for question, path in questions.items() if question in answers}
         except OSError as error:
             stop_helper(helper)
-            cycle.failed_file('helper', error)
+            cycle.failed(f'{cycle.current}: helper', error.strerror or error)
     return {}
 
 
@@ -1340,8 +1340,6 @@ NET_DEV_COLUMNS = field_names(wire.InterfaceCounters)
 NET_USAGE = {'bytes_sent': 'tx_bytes', 'bytes_received': 'rx_bytes', 'packets_sent': 'tx_packets',
              'packets_received': 'rx_packets', 'err_in': 'rx_errs', 'err_out': 'tx_errs', 'drop_in': 'rx_drop',
              'drop_out': 'tx_drop', 'fifo_err_in': 'rx_fifo', 'fifo_err_out': 'tx_fifo'}
-
-
 # ethtool.h: speeds that mean "not known"; virtual links may say -1.
 UNKNOWN_SPEEDS = (0, 2**16 - 1, 2**32 - 1)
 
@@ -1783,14 +1781,14 @@ def collect_system(node: wire.NodeMetrics, state: NodeState, cycle: Cycle) -> No
 # cgroup v1 says "no limit" with the largest multiple of a page below 2**63.
 V1_NO_LIMIT_BYTES = 2**63 - 65536
 # When a file is read. MARKER: in each cycle. While no marker changes, no process of the group has run, waited or done
-# I/O, and nobody has taken memory from it. USUAL: when a marker has changed. LIMIT: once in
-# LIMITS_SECONDS, with all others.
+# I/O, and nobody has taken memory from it. USUAL: when a marker has changed. LIMIT: once in LIMITS_SECONDS, with all
+# others.
 MARKER, USUAL, LIMIT = range(3)
 LIMITS_SECONDS = 15
 
 
 class CgroupTree(NamedTuple):
-    """Where the node's cgroups are: by controller the directory below sysfs; on v2 one for all of them, under ''."""
+    """Where the node's cgroups are: by controller the directory; on v2 one for all of them, under ''."""
     version: int
     directories: Dict[str, str]
 
@@ -1800,14 +1798,13 @@ class CgroupTree(NamedTuple):
         return self.directories['' if self.version == 2 else 'memory']
 
     def file_path(self, group: str, name: str) -> str:
-        """A file of a group below sysfs; a controller that this node lacks has no files."""
+        """A file of a group; a controller that this node lacks has no files."""
         controller, _, name = name.rpartition('/')
         return f'{self.directories.get(controller, "no such controller")}/{group}/{name}'
 
 
 class GroupFile(NamedTuple):
-    """A file of a group: its name, on v1 with its controller before it; what parses its name and text; when it is
-    read."""
+    """A file of a group: its name, on v1 with its controller before it; what parses its text; when it is read."""
     name: str
     parse: Callable[[str], Any]
     when: int
@@ -1825,7 +1822,8 @@ class Group:
     def __init__(self, path: str):
         self.path = path
         self.files = OpenFiles(0)
-        self.hashes: List[int] = []
+        # None of a file that was not understood.
+        self.hashes: List[Optional[int]] = []
         self.v1_files: Dict[str, Any] = {}
 
 
@@ -3007,10 +3005,7 @@ def fetch_details(state: RuntimeState, options: Options, message: wire.RuntimeMe
     fetch_health(state, conditions_due, sizes_due, cycle)
     message.conditions.update(state.conditions)
     fill_list(message.image_file_systems, state.image_file_systems, fill_file_system)
-    stats = fetch_stats(state, needed, cycle) if state.stats_call else {}
-    for subject, error in state.troubles.items():
-        cycle.failures.setdefault(subject, error)
-    return stats
+    return fetch_stats(state, needed, cycle) if state.stats_call else {}
 
 
 def collect_pods(metrics: wire.Metrics, options: Options, state: RuntimeState, cycle: Cycle) -> None:
@@ -3028,6 +3023,8 @@ def collect_pods(metrics: wire.Metrics, options: Options, state: RuntimeState, c
     if not answers:
         forget_gone(state.pods)
     stats = fetch_details(state, options, message, cycle) if answers else {}
+    for subject, error in state.troubles.items():
+        cycle.failures.setdefault(subject, error)
     for container in (container for pod in state.pods.values() for container in pod.containers.values()):
         said = stats.get(container.message.id)
         # A layer with timestamp 0 is not measured yet (containerd's first 10 s).
@@ -3382,7 +3379,6 @@ SYSTEM_ROOTS = ('/etc/ssl/certs/ca-certificates.crt', '/etc/pki/tls/certs/ca-bun
 # How OpenSSL reports an answer in plain text, or a server that hangs up during the handshake.
 NO_TLS = frozenset(('WRONG_VERSION_NUMBER', 'RECORD_LAYER_FAILURE', 'PACKET_LENGTH_TOO_LONG', 'HTTP_REQUEST',
                     'UNEXPECTED_EOF_WHILE_READING'))
-LOOPBACK = re.compile(r'(localhost|127\.[\d.]+|\[::1\]):')
 
 
 class Relay(NamedTuple):
@@ -3431,13 +3427,36 @@ def relay_files_signature(relay: Relay) -> Tuple[Any, ...]:
     return tuple(signature)
 
 
+def split_address(address: str) -> Tuple[str, str]:
+    """Host, without brackets and the dot of the root, and port."""
+    host, _, port = address.lower().rpartition(':')
+    return host.strip('[]').rstrip('.'), port
+
+
+def ip_of(host: str) -> Any:
+    """The IP address, in any spelling that connect(2) would take (127.1); None for a name."""
+    import ipaddress
+    with contextlib.suppress(OSError):
+        return ipaddress.IPv4Address(socket.inet_aton(host))
+    try:
+        ip = ipaddress.IPv6Address(host)
+        return ip.ipv4_mapped or ip
+    except ValueError:
+        return None
+
+
+def is_loopback(host: str) -> bool:
+    ip = ip_of(host)
+    return host == 'localhost' or ip is not None and ip.is_loopback
+
+
 def log_exposure(relay: Relay, level: int = logging.WARNING) -> None:
     """What is unsafe about the way to the relay: secret files that other users can read, and plain text."""
     for path in filter(None, (relay.key, relay.token_file)):
         with contextlib.suppress(OSError):
             if os.stat(path).st_mode & 0o044:
                 log.log(level, '%s can be read by other users: `chmod go-r %s` fixes it', path, path)
-    if not relay.tls and not LOOPBACK.match(relay.address):
+    if not relay.tls and not is_loopback(split_address(relay.address)[0]):
         log.log(level, 'relay %s: snapshots go there in plain text (--relay-tls)', relay.address)
 
 
@@ -3536,13 +3555,9 @@ def is_direct(address: str, no_proxy: str) -> bool:
     """Whether no proxy is asked, as curl(1) decides it: on loopback in any spelling, and where no_proxy names the host,
     a domain of it, its network, or all (*), each with its port or without."""
     import ipaddress
-    host, _, port = address.lower().rpartition(':')
-    host = host.strip('[]').rstrip('.')
-    try:
-        ip = ipaddress.ip_address(host)
-    except ValueError:
-        ip = None
-    if host == 'localhost' or ip and (getattr(ip, 'ipv4_mapped', None) or ip).is_loopback:
+    host, port = split_address(address)
+    ip = ip_of(host)
+    if is_loopback(host):
         return True
     for entry in filter(None, re.split(r'[,\s]+', no_proxy.lower())):
         # An IPv6 address without brackets has no port.
@@ -3668,8 +3683,8 @@ def learn_size(way: Way, size: int, error: Optional[SendError]) -> bool:
 
 
 def refusal(backlog: Backlog, way: Way, batch: Sequence[Snapshot], error: SendError) -> Optional[str]:
-    """Why a snapshot is to be dropped: it is too large; or it was refused alone, again and again, and once more right
-    after another one was taken. Until then it is set aside."""
+    """Why a snapshot is to be dropped: it is too large, and cannot go with less; or it was refused alone, again and
+    again, and then right after others were taken. Until then it is set aside."""
     if len(batch) > 1 or not error.sent or error.code not in ABOUT_THE_MESSAGE:
         return None
     number, known_limit = batch[0].number, backlog.max_snapshot_bytes

@@ -5578,9 +5578,9 @@ OWN_FIELDS = {
 # What differs from reading to reading, and the numbers of this machine's file system.
 RESTLESS = re.compile(r'.*timestamp(_ns)?|.*listed_at_ns|disk_usages\.(total|used|free|used_percent|inodes(_free)?)')
 NO_NUMBER = re.compile(r'-.*|nan|inf.*|\d{19,}', re.IGNORECASE)
-OPENED = set()
-# An audit hook stays for good.
-sys.addaudithook(lambda event, arguments: OPENED.add(arguments[0]) if event == 'open' else None)
+# Sets of the paths that are opened meanwhile. An audit hook stays for good.
+OPENED = []
+sys.addaudithook(lambda event, arguments: [paths.add(arguments[0]) for paths in OPENED] if event == 'open' else None)
 
 
 def flat(document, path=()):
@@ -5632,9 +5632,11 @@ class EachFileTest(KernelCase):
 
     def files(self):
         """The files that a snapshot opens, and a pattern of the fields that each may cost."""
-        OPENED.clear()
+        opened = set()
+        OPENED.append(opened)
         self.fields()
-        for path in sorted(path for path in OPENED if isinstance(path, str) and os.path.isfile(path)):
+        OPENED.remove(opened)
+        for path in sorted(path for path in opened if isinstance(path, str) and os.path.isfile(path)):
             file = os.path.relpath(path, self.directory)
             if not file.startswith('../'):
                 match, own = next((re.fullmatch(pattern, file), own) for pattern, own in OWN_FIELDS.items()
@@ -6646,8 +6648,8 @@ class DirectTest(Case):
     def test_a_proxy_is_asked_as_by_curl(self):
         self.check_table(agent.is_direct, [
             *(((address, ''), True) for address in (
-                'localhost:5', 'LOCALHOST.:5', '127.9.9.9:5', '[::1]:5', '[::ffff:127.0.0.1]:5', '[0:0:0:0:0:0:0:1]:5'
-            )),
+                'localhost:5', 'LOCALHOST.:5', '127.9.9.9:5', '127.1:5', '[::1]:5', '[::ffff:127.0.0.1]:5',
+                '[0:0:0:0:0:0:0:1]:5')),
             (('relay:5', ''), False), (('relay:5', '*'), True), (('RELAY:5', 'a, relay'), True),
             (('relay:5', 'relay:5'), True), (('relay:5', 'relay:6'), False), (('a.relay.x:5', '.relay.x'), True),
             (('a.relay.x:5', 'relay.x'), True), (('arelay.x:5', 'relay.x'), False),
