@@ -4266,6 +4266,7 @@ class FakeRelay(FakeServer):
         self.usual = usual
         self.arrived = queue.Queue()
         self.streams = queue.Queue()
+        self.begun = itertools.count()
         super().__init__(test, f'127.0.0.1:{port}',
                          [('grpc.max_receive_message_length', limit_bytes), ('grpc.http2.bdp_probe', 0)], credentials)
         self.address = f'127.0.0.1:{self.port}'
@@ -4277,6 +4278,7 @@ class FakeRelay(FakeServer):
 
     def send_metrics(self, requests, context):
         behave, timestamps = self.script.popleft() if self.script else self.usual, []
+        number = next(self.begun)
 
         def messages():
             for data in requests:
@@ -4288,7 +4290,7 @@ class FakeRelay(FakeServer):
         try:
             yield from behave(messages(), context)
         finally:
-            self.streams.put(timestamps)
+            self.streams.put((number, timestamps))
 
     def hold(self, messages, context):
         """Acknowledge late: when `release` says so."""
@@ -4297,7 +4299,9 @@ class FakeRelay(FakeServer):
         yield b''
 
     def next_streams(self, count):
-        return [self.streams.get(timeout=PATIENCE_SECONDS) for _ in range(count)]
+        """Of streams that have ended, in the order in which they began: one that was given up may end late."""
+        ended = [self.streams.get(timeout=PATIENCE_SECONDS) for _ in range(count)]
+        return [timestamps for _, timestamps in sorted(ended)]
 
     def next_arrived(self, count):
         return [self.arrived.get(timeout=PATIENCE_SECONDS) for _ in range(count)]
