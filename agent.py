@@ -101,13 +101,21 @@ Options = argparse.Namespace
 # --- private paths
 
 NEW_FILE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+# linux/socket.h: process, user, group
+UCRED = struct.Struct('=III')
 
 
 class UnsafePath(Exception):
     """Which path another user could exchange, and why."""
 
 
-def check_component(path: str) -> None:
+def check_user(what: str, user: int, believed: Sequence[int] = ()) -> None:
+    """UnsafePath unless it belongs to root, to the agent's own user, or to one of those that are believed."""
+    if user not in (0, os.geteuid(), *believed):
+        raise UnsafePath(f'{what} belongs to user {user}')
+
+
+def check_component(path: str, believed: Sequence[int] = ()) -> None:
     """Raise UnsafePath where another user could exchange what is at or below the path.
 
     In a sticky directory, as /tmp is, users cannot rename what belongs to others; what is in it is checked itself.
@@ -115,21 +123,31 @@ def check_component(path: str) -> None:
     status = os.lstat(path)
     if stat.S_ISLNK(status.st_mode):
         raise UnsafePath(f'{path} is a symbolic link')
-    if status.st_uid not in (0, os.geteuid()):
-        raise UnsafePath(f'{path} belongs to user {status.st_uid}')
+    check_user(path, status.st_uid, believed)
     if status.st_mode & 0o022 and not (stat.S_ISDIR(status.st_mode) and status.st_mode & stat.S_ISVTX):
         raise UnsafePath(f'{path} is writable by others (`chmod go-w {path}` fixes it)')
     if not stat.S_ISDIR(status.st_mode):
         raise UnsafePath(f'{path} is not a directory')
 
 
-def check_path(path: str) -> None:
+def check_path(path: str, believed: Sequence[int] = ()) -> None:
     """check_component of every directory from / to path."""
     while True:
-        check_component(path)
+        check_component(path, believed)
         if path == os.path.dirname(path):   # '/', or the '//' that POSIX tells from it
             return
         path = os.path.dirname(path)
+
+
+def check_socket(path: str, believed: Sequence[int] = ()) -> None:
+    """UnsafePath unless the socket, the directories above it and who listens there (SO_PEERCRED of unix(7)) are root's,
+    our own or a believed user's. OSError where nobody listens."""
+    check_path(os.path.dirname(path), believed)
+    check_user(path, os.lstat(path).st_uid, believed)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC) as probe:
+        probe.connect(path)
+        _, user, _ = UCRED.unpack(probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size))
+    check_user(f'the server at {path}', user, believed)
 
 
 def lock_directory(path: str, mode: int) -> Optional[int]:
@@ -2211,6 +2229,8 @@ ENDPOINT_FLAG = re.compile(r'--container-runtime-endpoint[=\s\0]+"?([^\s"\0]+)')
 ENDPOINT_SETTING = re.compile(
     r'''^(?:[^#\n]*[{,])?[ \t]*["']?(?:containerRuntimeEndpoint|runtime-endpoint)["']?[ \t]*:'''
     r'''[ \t]*(?:[|>]-?[ \t]*)?(?:\n[ \t]+)?["']?([^\s"'},]*)''', re.MULTILINE)
+# In /proc/PID/status; a program that is set-user-ID has root's as the second alone.
+NOT_ROOT = re.compile(r'^Uid:(?!\t0\t0\t0\t0$)', re.MULTILINE)
 ENDPOINT = re.compile(r'(?:unix:(?://)?)?(/[^\0]+)')
 
 
@@ -2250,14 +2270,24 @@ class StatsCall:
         return self.answer
 
 
+def is_kubelet(pid: str, cycle: Cycle) -> bool:
+    """Any process can call itself kubelet: the node's runs as root, in the namespaces of process 1, in no pod."""
+    directory = f'/proc/{pid}'
+    if cycle.read_line(f'{directory}/comm') != 'kubelet':
+        return False
+    own, first = ([cycle.read(f'/proc/{process}/ns/{kind}', None, os.readlink) for kind in ('pid', 'mnt')]
+                  for process in (pid, 1))
+    return (own == first and 'kubepods' not in (cycle.read(f'{directory}/cgroup') or '')
+            and not NOT_ROOT.search(cycle.read(f'{directory}/status') or ''))
+
+
 def collect_endpoints(explicit: Optional[str], cycle: Cycle) -> Tuple[List[str], List[str]]:
     """Paths where the runtime's socket may be, likeliest first: the one that was named, or else every known place; and
     what settings say that is none."""
     if explicit:
         match = ENDPOINT.fullmatch(explicit)
-        return [match.group(1) if match else explicit], []
-    kubelet = next((name for name in cycle.names('/proc/') if name.isdecimal()
-                    and cycle.read_line(f'/proc/{name}/comm') == 'kubelet'), '0')
+        return [os.path.realpath(match.group(1) if match else explicit)], []
+    kubelet = next((name for name in cycle.names('/proc/') if name.isdecimal() and is_kubelet(name, cycle)), '0')
     paths, unclear = [], []
     for pattern, path in ((ENDPOINT_FLAG, f'/proc/{kubelet}/cmdline'),
                           (ENDPOINT_SETTING, '/var/lib/kubelet/config.yaml'),
@@ -2343,14 +2373,23 @@ def is_inhabited(runtime: Runtime, cycle: Cycle) -> bool:
         return False
 
 
-def find_runtime(paths: Sequence[str], unclear: Sequence[str], cycle: Cycle) -> Runtime:
-    """The first runtime that answers; of several, the first that is inhabited. CriError says what was tried."""
-    candidates = [Runtime(grpc.insecure_channel(f'unix:{path}', CRI_CHANNEL_OPTIONS), path, inode)
-                  for path, inode in ((path, read_socket_inode(path)) for path in paths) if inode]
-    if not candidates:
+def find_runtime(paths: Sequence[str], unclear: Sequence[str], believed: Sequence[int], cycle: Cycle) -> Runtime:
+    """The first runtime that answers; of several, the first that is inhabited. CriError says what was tried. Whoever
+    serves the socket says what pods there are: it is root, or a user that is believed."""
+    candidates, runtimes, reasons = [], [], []
+    for path, inode in [(path, read_socket_inode(path)) for path in paths]:
+        try:
+            if inode:
+                check_socket(path, believed)
+                channel = grpc.insecure_channel(f'unix:{path}', CRI_CHANNEL_OPTIONS)
+                candidates.append(Runtime(channel, path, inode))
+        except UnsafePath as error:
+            reasons.append(f'{path} is not believed: {error} (--cri-socket-uid names a user to believe)')
+        except OSError as error:
+            reasons.append(f'{path}: {error.strerror}')
+    if not candidates and not reasons:
         where = paths[0] if len(paths) == 1 else 'any of the usual paths (--cri-socket names another)'
         raise CriError('; '.join((f'none found: no socket at {where}', *unclear)))
-    runtimes, reasons = [], []
     for number, candidate in enumerate(candidates):
         try:
             runtimes.append(fetch_version(candidate, 1 / (len(candidates) - number + 1), cycle))
@@ -2960,7 +2999,8 @@ def update_from_runtime(state: RuntimeState, options: Options, cycle: Cycle) -> 
         forget_runtime(state)
     cycle.current = 'container runtime'
     try:
-        runtime = state.runtime or find_runtime(*collect_endpoints(options.cri_socket, cycle), cycle)
+        runtime = state.runtime or find_runtime(*collect_endpoints(options.cri_socket, cycle),
+                                                [options.cri_socket_uid], cycle)
         state.runtime = runtime
         description = f'{runtime.name} {runtime.version} at {runtime.socket} ({runtime.service})'
         if description != state.description:
@@ -4893,6 +4933,8 @@ FLAGS: Dict[str, Dict[str, Any]] = {
         type=number_from(1, 'a number of seconds, 1 or more', float), default=60, metavar='SECONDS',
         help='how often to ask the runtime for the sizes of images and writable layers'),
     '--cri-socket': dict(metavar='PATH', help="the container runtime's socket; auto-detected by default"),
+    '--cri-socket-uid': dict(type=number_from(0, 'the number of a user'), default=0, metavar='UID',
+                             help="whose runtime to believe beside root's and one's own"),
     '--procfs': dict(default='/proc', metavar='DIR', help="where the node's /proc is mounted"),
     '--sysfs': dict(default='/sys', metavar='DIR', help="where the node's /sys is mounted"),
     '--rootfs': dict(default='/', metavar='DIR', help="where the node's / is mounted"),
@@ -5507,6 +5549,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     set_up_log(options)
     if os.geteuid() != 0:
         log.warning('not root: pods, containers, the host id, and file systems in private directories may be missing')
+    if options.cri_socket_uid:
+        log.warning('--cri-socket-uid: user %d may say what pods this node has', options.cri_socket_uid)
     raise_open_files_limit()
     spare_memory()
     try:

@@ -4426,7 +4426,7 @@ class RuntimeCase(Case):
 
     def cycle(self, seconds=3, times=1, later=0):
         """The last of so many cycles at a moment so much later, each with so much time for the runtime."""
-        options = argparse.Namespace(cri_socket=self.endpoint, container_stats=self.STATS,
+        options = argparse.Namespace(cri_socket=self.endpoint, cri_socket_uid=0, container_stats=self.STATS,
                                      fs_stats_interval=self.LAYERS_SECONDS)
         self.now += later
         for _ in range(times):
@@ -4558,7 +4558,7 @@ class RuntimeDiscoveryTest(RuntimeCase):
         FakeRuntime(self, f'{self.directory}/run/other.sock', services=())
         self.write({'run/file.sock': ''})
         for name, expected in (('absent', 'no socket at.*%s'), ('file', 'no socket at.*%s'),
-                               ('deserted', '%s.*UNAVAILABLE'), ('other', '%s.*UNIMPLEMENTED')):
+                               ('deserted', '%s.*Connection refused'), ('other', '%s.*UNIMPLEMENTED')):
             with self.subTest(name):
                 self.endpoint = f'{self.directory}/run/{name}.sock'
                 part = self.cycle()
@@ -4575,6 +4575,9 @@ class RuntimeDiscoveryTest(RuntimeCase):
         for _ in range(3):
             with concurrent.futures.ThreadPoolExecutor(1) as thread:
                 thread.submit(self.cycle, 0.3)
+                # The first connection asks whose the server is.
+                listener.settimeout(PATIENCE_SECONDS)
+                listener.accept()[0].close()
                 connection = accept_silently(listener)
             wait_for_end(connection)
 
@@ -5627,7 +5630,8 @@ class EachFileTest(KernelCase):
         self.node_state, self.state = agent.NodeState(10), agent.RuntimeState()
         self.node_state.helper, self.state.runtime = helper, runtime
         self.addCleanup(agent.forget_runtime, self.state)
-        options = argparse.Namespace(cri_socket=self.socket, container_stats='cgroup', fs_stats_interval=60)
+        options = argparse.Namespace(cri_socket=self.socket, cri_socket_uid=0, container_stats='cgroup',
+                                     fs_stats_interval=60)
         metrics, cycle = wire.Metrics(), agent.Cycle(self.write({}), 60, {})
         agent.collect_node(metrics.node_metrics, self.node_state, cycle)
         agent.collect_pods(metrics, options, self.state, cycle)
@@ -5701,7 +5705,7 @@ class SnapshotTest(Case):
 
     def snapshot(self, seconds=5, backlog=None):
         """The snapshot; what has failed is in `failures`."""
-        options = argparse.Namespace(main_loop_duration=seconds, top_n=1, cri_socket=self.socket,
+        options = argparse.Namespace(main_loop_duration=seconds, top_n=1, cri_socket=self.socket, cri_socket_uid=0,
                                      container_stats='cri', fs_stats_interval=60)
         metrics, self.failures = agent.collect_snapshot(self.roots, options, self.state, self.stats, backlog)
         if self.state.runtime.runtime:
