@@ -76,6 +76,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 import types
 import zipimport
 import zlib
@@ -139,11 +140,16 @@ def check_path(path: str, believed: Sequence[int] = ()) -> None:
         path = os.path.dirname(path)
 
 
-def check_socket(path: str, believed: Sequence[int] = ()) -> None:
-    """UnsafePath unless the socket, the directories above it and who listens there (SO_PEERCRED of unix(7)) are root's,
-    our own or a believed user's. OSError where nobody listens."""
+def check_file(path: str, believed: Sequence[int] = ()) -> None:
+    """check_path of the directories above, and check_user of what is there."""
+    path = os.path.realpath(path)
     check_path(os.path.dirname(path), believed)
     check_user(path, os.lstat(path).st_uid, believed)
+
+
+def check_socket(path: str, believed: Sequence[int] = ()) -> None:
+    """check_file, and check_user of who listens there (SO_PEERCRED of unix(7)). OSError where nobody does."""
+    check_file(path, believed)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC) as probe:
         probe.connect(path)
         _, user, _ = UCRED.unpack(probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size))
@@ -451,11 +457,16 @@ def read_small(path: str) -> bytes:
         os.close(descriptor)
 
 
-def read_bytes(path: str) -> bytes:
-    """The whole file."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+def read_bytes(path: str, limit: float = math.inf) -> bytes:
+    """The whole file; beyond the limit, only its whole lines up to there."""
+    descriptor, chunks = os.open(path, os.O_RDONLY | os.O_CLOEXEC), []
     try:
-        return b''.join(iter(lambda: os.read(descriptor, 1 << 16), b''))
+        while limit > 0:
+            chunks.append(os.read(descriptor, 1 << 16))
+            if not chunks[-1]:
+                return b''.join(chunks)
+            limit -= len(chunks[-1])
+        return b''.join(chunks).rpartition(b'\n')[0]
     finally:
         os.close(descriptor)
 
@@ -539,7 +550,7 @@ def parse_flat_keyed(text: str) -> Counts:
 
 # --- files that stay open
 
-# Longer than any file of a cgroup; io.stat has some 100 bytes a device.
+# io.stat has some 100 bytes a device: where there are many, it is read otherwise.
 OPEN_FILE_BYTES = 1 << 16
 # The files of 1,900 cgroups, which cost the kernel 147 MB.
 MAX_OPEN_FILES = 1 << 15
@@ -682,6 +693,54 @@ def known(message: Any, name: str) -> Any:
     return getattr(message, name) if message.HasField(name) else None
 
 
+# --- what a tenant may have
+
+# Names, labels, groups, interfaces and exits are the tenants' choice, and the node's pods share one snapshot. What is
+# cut is counted in PodMetrics.left_out. A text: a path may have 4,096 bytes, names of Kubernetes have at most 253.
+MAX_TEXT = 1024
+# Of a pod, its containers included; the kubelet's own take 300 and 200 for each container.
+LABEL_BYTES = 8192
+# Interfaces of a pod, I/O devices of a group; and what is read of net/dev, a thousand interfaces.
+MAX_ROWS, NET_DEV_BYTES = 32, 1 << 17
+# The others, summed as one. No interface and no device can have this name.
+OTHERS = 'all others'
+# Containers of a pod that have exited; the kubelet keeps one for each name.
+MAX_EXITED = 16
+
+
+def first_rows(rows: Mapping[str, Counts]) -> Mapping[str, Counts]:
+    """As many as one may have, and the others as one."""
+    if len(rows) <= MAX_ROWS:
+        return rows
+    kept, others = dict(itertools.islice(rows.items(), MAX_ROWS)), collections.Counter()
+    for counts in itertools.islice(rows.values(), MAX_ROWS, None):
+        others.update(counts)
+    return {**kept, OTHERS: others}
+
+
+def fitting_labels(labels: Mapping[str, str], budget_bytes: int) -> Dict[str, str]:
+    """As many as fit, the kubelet's own first."""
+    fitting = {}
+    for key, value in sorted(labels.items(), key=lambda item: (not item[0].startswith('io.kubernetes.'), item)):
+        budget_bytes -= len(key) + len(value)
+        if budget_bytes < 0:
+            break
+        fitting[key] = value
+    return fitting
+
+
+def label_bytes(pod: wire.PodMetrics) -> int:
+    return sum(len(key) + len(value) for message in (pod, *pod.container_metrics)
+               for key, value in message.labels.items())
+
+
+def count_left_out(pod: wire.PodMetrics, what: str, count: int) -> None:
+    if count > 0:
+        pod.left_out[what] = count
+    elif what in pod.left_out:
+        del pod.left_out[what]
+
+
 # --- cycle
 
 # What is read or asked seldom is read or asked again after so long.
@@ -750,7 +809,11 @@ class Cycle:
         self.failed(f'{self.current}: {os.path.basename(path)}', f'{path}: {getattr(error, "strerror", None) or error}')
 
     def failed(self, subject: str, error: Any) -> None:
-        self.failures[subject] = str(error)
+        """A text, or an error: one that no input can cause is a bug, whose place is told."""
+        if isinstance(error, Exception) and not isinstance(error, (ValueError, OSError, ArithmeticError, CriError)):
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            self.failures['bug'] = error = f'{error!r} in {place.name}, line {place.lineno}'
+        self.failures[subject] = str(error)[:MAX_TEXT]
         self.failed_reads += 1
 
     def seconds_left(self) -> float:
@@ -1031,17 +1094,29 @@ def collect_pressure(node: wire.NodeMetrics, state: NodeState, cycle: Cycle) -> 
 
 # --- what may never answer
 
-# statvfs(2) of a file server that is gone waits in the kernel, where no signal reaches: such calls are in a process
-# that can be left behind. What it is asked is a letter and a path; it answers with the question, a NUL, and what it has
-# found after a `=`, or the errno after a `!`. It has a thread for each question that waits. It ends when the agent has.
-STATVFS, READ = b's', b'r'
+# statvfs(2) of a file server that is gone waits in the kernel, where no signal reaches, and what takes the lock of the
+# network (RTNL) as long as a pod with thousands of interfaces ends: such calls are in a process that can be left
+# behind. What it is asked is a letter and a path, or a request of rtnetlink in hexadecimal; it answers with the
+# question, a NUL, and what it has found after a `=`, or the errno after a `!`. It has a thread for each question that
+# waits. It ends when the agent has.
+STATVFS, READ, NETLINK = b's', b'r', b'n'
 HELPER = '''
-import os, _thread
+import os, _socket, _thread, zlib
 idle = []
+
+def dump(request):
+    netlink, data = _socket.socket(_socket.AF_NETLINK, _socket.SOCK_RAW, 0), b''
+    netlink.send(request)
+    # An NLMSG_ERROR, or the NLMSG_DONE of 20 bytes at the end.
+    while data[4:6] != b'\\2\\0' and data[-20:-14] != b'\\x14\\0\\0\\0\\3\\0':
+        data += netlink.recv(65536)
+    return data
 
 def answer(question):
     path = question[1:]
     try:
+        if question[:1] == b'n':
+            return b'=' + zlib.compress(dump(bytes.fromhex(path.decode())), 1)
         if question[:1] == b'r':
             with open(path, 'rb', 0) as file:
                 return b'=' + file.read(4096)
@@ -1067,6 +1142,8 @@ def serve():
 serve()
 '''
 HELPER_PATIENCE_SECONDS, HELPER_END_SECONDS = 1, 0.2
+# For what there is a last answer of: no tick is lost where there is a cycle each second.
+KERNEL_PATIENCE_SECONDS = 0.25
 HELPER_ANSWER_BYTES = 1 << 17
 
 
@@ -1103,10 +1180,10 @@ def stop_helper(helper: Helper) -> None:
     helper.waiting.clear()
 
 
-def exchange(helper: Helper, questions: Set[bytes]) -> Dict[bytes, bytes]:
+def exchange(helper: Helper, questions: Set[bytes], patience: float) -> Dict[bytes, bytes]:
     """Ask what is not asked already; the answers that come in time, late ones of earlier questions among them.
     OSError where the helper is gone."""
-    answers, deadline, new = {}, time.monotonic() + HELPER_PATIENCE_SECONDS, questions - helper.waiting
+    answers, deadline, new = {}, time.monotonic() + patience, questions - helper.waiting
     try:
         helper.channel.settimeout(HELPER_PATIENCE_SECONDS)
         for question in sorted(new):
@@ -1123,7 +1200,8 @@ def exchange(helper: Helper, questions: Set[bytes]) -> Dict[bytes, bytes]:
         return answers
 
 
-def ask_helper(helper: Helper, what: bytes, paths: Iterable[str], cycle: Cycle) -> Dict[str, bytes]:
+def ask_helper(helper: Helper, what: bytes, paths: Iterable[str], cycle: Cycle,
+               patience: float = HELPER_PATIENCE_SECONDS) -> Dict[str, bytes]:
     """By path what the helper says of it. What is missing waits: it is left alone until it has answered. A helper that
     was killed is started again at once."""
     questions = {what + os.fsencode(path): path for path in paths}
@@ -1131,12 +1209,29 @@ def ask_helper(helper: Helper, what: bytes, paths: Iterable[str], cycle: Cycle) 
         try:
             if helper.channel is None:
                 start_helper(helper)
-            answers = exchange(helper, set(questions))
+            answers = exchange(helper, set(questions), patience)
             return {path: answers[question] for question, path in questions.items() if question in answers}
         except OSError as error:
             stop_helper(helper)
             cycle.failed(f'{cycle.current}: helper', error.strerror or error)
     return {}
+
+
+def answered(path: str, said: bytes, cycle: Cycle) -> Optional[bytes]:
+    """What the helper has found; None where that is absent or, as EINVAL says of a link that is down, not now."""
+    if said[:1] != b'!':
+        return said[1:]
+    error = int(said[1:])
+    return None if error in ABSENT or error == errno.EINVAL else cycle.failed_file(path, os.strerror(error))
+
+
+def ask_kernel(state: NodeState, what: bytes, paths: List[str], cycle: Cycle) -> Dict[str, Optional[bytes]]:
+    """By path what is there, empty where that is not known yet. The last answer stands until there is a new one."""
+    answers, last = ask_helper(state.helper, what, paths, cycle, KERNEL_PATIENCE_SECONDS), state.answers.get(what, {})
+    if any(what + os.fsencode(path) in state.helper.waiting for path in paths):
+        cycle.failed(f'{cycle.current}: RTNL', 'the network is locked: it is as the kernel said last')
+    state.answers[what] = {path: answers.get(path) or last.get(path, b'') for path in paths}
+    return {path: answered(path, said, cycle) for path, said in state.answers[what].items()}
 
 
 # --- processes
@@ -1358,6 +1453,8 @@ NET_DEV_COLUMNS = field_names(wire.InterfaceCounters)
 NET_USAGE = {'bytes_sent': 'tx_bytes', 'bytes_received': 'rx_bytes', 'packets_sent': 'tx_packets',
              'packets_received': 'rx_packets', 'err_in': 'rx_errs', 'err_out': 'tx_errs', 'drop_in': 'rx_drop',
              'drop_out': 'tx_drop', 'fifo_err_in': 'rx_fifo', 'fifo_err_out': 'tx_fifo'}
+# Of a link that is not a pod's.
+LOCKED_FILES = ('carrier', 'speed')
 # ethtool.h: speeds that mean "not known"; virtual links may say -1.
 UNKNOWN_SPEEDS = (0, 2**16 - 1, 2**32 - 1)
 
@@ -1429,8 +1526,10 @@ def collect_pod_side(name: str, packets: int, link: Link, cycle: Cycle) -> wire.
 
 
 def collect_network(node: wire.NodeMetrics, state: NodeState, cycle: Cycle) -> None:
-    """Of a link that is down carrier and speed are EINVAL; virtual ones may say -1."""
+    """Carrier and speed take the lock of the network."""
     counters = cycle.read(net_path('dev', cycle), parse_net_dev) or {}
+    answers = ask_kernel(state, READ, [cycle.path(f'/sys/class/net/{name}/{file}') for name in counters
+                                       if not POD_SIDE_INTERFACE.match(name) for file in LOCKED_FILES], cycle)
     for name in state.links.keys() - counters.keys():
         del state.links[name]
     for name, columns in counters.items():
@@ -1441,7 +1540,9 @@ def collect_network(node: wire.NodeMetrics, state: NodeState, cycle: Cycle) -> N
             continue
         interface.name = name
         collect_link(interface, cycle)
-        carrier, speed = (cycle.read_int(f'/sys/class/net/{name}/{file}') for file in ('carrier', 'speed'))
+        carrier, speed = (
+            answers[path] and cycle.parsed(path, answers[path].decode(errors='replace'), parse_number)
+            for path in (cycle.path(f'/sys/class/net/{name}/{file}') for file in LOCKED_FILES))
         fill_known(interface, operstate=cycle.read_line(f'/sys/class/net/{name}/operstate'),
                    carrier=None if carrier is None else bool(carrier),
                    speed_mbits=None if speed in UNKNOWN_SPEEDS else speed)
@@ -1454,8 +1555,6 @@ def collect_network(node: wire.NodeMetrics, state: NodeState, cycle: Cycle) -> N
 # --- addresses
 
 # uapi/linux/netlink.h, rtnetlink.h, if_addr.h
-NETLINK_ROUTE = 0
-NLMSG_ERROR, NLMSG_DONE = 2, 3
 NLM_F_REQUEST, NLM_F_DUMP = 0x1, 0x300
 RTM_NEWADDR, RTM_GETADDR = 20, 22
 IFA_ADDRESS, IFA_LOCAL = 1, 2
@@ -1463,7 +1562,6 @@ RT_SCOPE_UNIVERSE = 0
 NLMSGHDR = struct.Struct('=IHHII')    # length, type, flags, sequence, port
 IFADDRMSG = struct.Struct('=BBBBI')   # family, prefix length, flags, scope, interface index
 RTATTR = struct.Struct('=HH')         # length, type
-NETLINK_TIMEOUT_SECONDS = 1
 # uapi/linux/route.h
 RTF_UP, RTF_REJECT = 0x1, 0x200
 # RFC 5737, for documentation: what is sent there takes the default route. RFC 863.
@@ -1497,21 +1595,16 @@ def netlink_parts(data: bytes, header: struct.Struct) -> Iterable[Tuple[int, byt
         offset += (length + 3) // 4 * 4
 
 
-def read_addresses(procfs: str) -> bytes:
+def ask_addresses(state: NodeState, cycle: Cycle) -> bytes:
     """The kernel's dump of all interface addresses: they are in no file. Empty for the tree of another machine, whose
     network the agent's own sockets do not see."""
+    procfs = cycle.roots.procfs
     if procfs != '/proc' and not same_network(f'{procfs}/1', '/proc/self'):
         return b''
     header = NLMSGHDR.pack(NLMSGHDR.size + IFADDRMSG.size, RTM_GETADDR, NLM_F_REQUEST | NLM_F_DUMP, 1, 0)
-    socket_type = socket.SOCK_RAW | socket.SOCK_CLOEXEC
-    with contextlib.suppress(PermissionError), socket.socket(socket.AF_NETLINK, socket_type, NETLINK_ROUTE) as netlink:
-        netlink.settimeout(NETLINK_TIMEOUT_SECONDS)
-        netlink.send(header + IFADDRMSG.pack(socket.AF_UNSPEC, 0, 0, 0, 0))
-        chunks = [netlink.recv(1 << 16)]
-        while not any(kind in (NLMSG_DONE, NLMSG_ERROR) for kind, _ in netlink_parts(chunks[-1], NLMSGHDR)):
-            chunks.append(netlink.recv(1 << 16))
-        return b''.join(chunks)
-    return b''
+    request = (header + IFADDRMSG.pack(socket.AF_UNSPEC, 0, 0, 0, 0)).hex()
+    packed = ask_kernel(state, NETLINK, [request], cycle)[request]
+    return zlib.decompress(packed) if packed else b''
 
 
 def parse_addresses(data: bytes) -> List[Address]:
@@ -1574,7 +1667,7 @@ def primary_address(addresses: Iterable[Address], routes: Iterable[Route], index
 
 def collect_addresses(node: wire.NodeMetrics, state: NodeState, cycle: Cycle) -> None:
     """The addresses of the interfaces that the message has already."""
-    addresses = parse_addresses(read_addresses(cycle.roots.procfs))
+    addresses = parse_addresses(ask_addresses(state, cycle))
     interfaces = {interface.index: interface for interface in node.network_interfaces if interface.HasField('index')}
     for address in addresses:
         if address.index in interfaces:
@@ -1836,6 +1929,8 @@ class Group:
     due = 0.0
     clock_ns = 0
     changed = False
+    # How many devices there are.
+    devices = 0
 
     def __init__(self, path: str):
         self.path = path
@@ -2026,7 +2121,8 @@ def fill_group_file(message: wire.CgroupMetrics, name: str, value: Any) -> None:
     for parent in parents:
         message = getattr(message, parent)
     if name == 'io.stat':
-        return fill_list(message.stat, sorted((value or {}).items()), fill_io_stat)
+        devices = first_rows(dict(sorted((value or {}).items())))
+        return fill_list(message.stat, list(devices.items()), fill_io_stat)
     if value is None or value == {}:
         return message.ClearField(field) if message.HasField(field) else None
     if field == 'pressure':
@@ -2072,6 +2168,9 @@ def read_group(tree: CgroupTree, group: Group, cycle: Cycle) -> Optional[List[An
             # It has gone: it is opened again like others that were absent.
             os.close(descriptor)
             files.descriptors[number] = None
+        elif isinstance(text, bytes) and len(text) == OPEN_FILE_BYTES:
+            path = tree.file_path(group.path, GROUP_FILES[tree.version][number].name)
+            texts[number] = said_or_errno(read_bytes, path)
     # Descriptors are given out from the lowest number on: one near the limit means that few are left.
     if files is not group.files and max(filter(None, files.descriptors)) < open_files_limit() - SPARE_DESCRIPTORS:
         group.files = files
@@ -2117,10 +2216,48 @@ def collect_cgroup(message: wire.CgroupMetrics, tree: CgroupTree, group: Group, 
         files = from_v1(group.v1_files)
     for name, value in files.items():
         fill_group_file(message, name, value)
+    if 'io.stat' in files:
+        group.devices = len(files['io.stat'] or ())
     if not group.hashes:
         message.path = group.path
     group.hashes[:len(hashes)] = hashes
     return True
+
+
+# --- which cgroups there are
+
+# A walk ends after so many; a node of 250 pods has 1,500. Whoever is given a group of its own can make any number.
+MAX_GROUPS = 1 << 15
+# A container's group has its id in its name: <id>, cri-containerd-<id>.scope, crio-<id>.scope, docker-<id>.scope.
+CONTAINER_CGROUP = re.compile(r'(?!crio-conmon-)(?:.*[^0-9a-f])?([0-9a-f]{64})(?:\.scope)?')
+
+
+def groups_in(directory: str) -> Iterator[os.DirEntry]:
+    with contextlib.suppress(OSError), os.scandir(directory) as entries:
+        yield from (entry for entry in entries if entry.is_dir(follow_symlinks=False))
+
+
+def walk_groups(root: str, enter: Callable[[os.DirEntry], bool]) -> Iterator[os.DirEntry]:
+    """The groups below, nearest first, as far as `enter` goes: not by recursion, for they may be nested deeply."""
+    waiting = collections.deque((root,))
+    while waiting:
+        for entry in groups_in(waiting.popleft()):
+            yield entry
+            if enter(entry):
+                waiting.append(entry.path)
+
+
+def node_groups(tree: CgroupTree, cycle: Cycle) -> Iterator[os.DirEntry]:
+    """The groups that nobody but root can have made: none in a group that is another user's, a session's or a
+    container's. One that process 1 is in is the node itself, as in kind."""
+    node = cycle.read('/proc/1/cgroup') or ''
+
+    def enter(entry: os.DirEntry) -> bool:
+        status = entry.stat()
+        return (status.st_uid in (0, os.geteuid()) and not status.st_mode & 0o022 and entry.name != 'user.slice'
+                and (not CONTAINER_CGROUP.fullmatch(entry.name) or entry.name in node))
+
+    return itertools.islice(walk_groups(tree.top, enter), MAX_GROUPS)
 
 
 # --- services
@@ -2128,21 +2265,8 @@ def collect_cgroup(message: wire.CgroupMetrics, tree: CgroupTree, group: Group, 
 # The daemons that a node cannot do without, and those that run its containers; a snap's are snap.NAME.daemon-DAEMON.
 SERVICE = re.compile(r'(kubelet|containerd|crio|docker|cri-dockerd?|k3s|k3s-agent|rke2-server|rke2-agent|k0scontroller|'
                      r'k0sworker|snap\.(microk8s|k8s|kubelet)[\w-]*\.[\w-]+)\.service')
-# What has no daemon of the node below it: users, pods, and one-off groups.
-NO_SERVICES = re.compile(r'user\.slice|machine\.slice|.*kubepods.*|.*\.(scope|service|mount|socket)')
-# /system.slice/kubelet.service, or /docker/ID/kubelet.slice/kubelet.service of a node in a container.
-SERVICE_DEPTH = 4
-
-
-def find_services(tree: CgroupTree) -> List[str]:
-    """The daemons' groups below the root of the hierarchy, wherever a slice has them."""
-    found = []
-    for directory, names, _ in os.walk(tree.top):
-        below = directory[len(tree.top) + 1:]
-        found += [os.path.join(below, name) for name in names if SERVICE.fullmatch(name)]
-        depth = len(below.split('/')) if below else 0
-        names[:] = [name for name in names if depth < SERVICE_DEPTH - 1 and not NO_SERVICES.fullmatch(name)]
-    return found
+# What has no daemon of the node below it: machines, pods, and units.
+NO_SERVICES = re.compile(r'machine\.slice|.*kubepods.*|.*\.(scope|service|mount|socket)')
 
 
 def collect_services(node: wire.NodeMetrics, state: NodeState, cycle: Cycle) -> None:
@@ -2152,7 +2276,11 @@ def collect_services(node: wire.NodeMetrics, state: NodeState, cycle: Cycle) -> 
         return
     if cycle.now >= state.services_due:
         state.services_due = cycle.now + SELDOM_SECONDS
-        for path in find_services(tree):
+        # /system.slice/kubelet.service, or /docker/ID/kubelet.slice/kubelet.service of a node in a container.
+        for path in (entry.path[len(tree.top) + 1:] for entry in node_groups(tree, cycle)
+                     if SERVICE.fullmatch(entry.name)):
+            if any(map(NO_SERVICES.fullmatch, path.split('/')[:-1])):
+                continue
             state.services.setdefault(path, (Group(path), wire.ServiceMetrics(name=os.path.basename(path))))
     for path, (group, message) in sorted(state.services.items()):
         if os.path.isdir(f'{tree.top}/{path}') and collect_cgroup(message.cgroup, tree, group, cycle):
@@ -2178,6 +2306,8 @@ class NodeState:
         self.cpu_times: Dict[str, CpuTimes] = {}
         self.cpu_infos: Dict[int, wire.CpuInfo] = {}
         self.links: Dict[str, Link] = {}
+        # What the helper has answered last.
+        self.answers: Dict[bytes, Dict[str, bytes]] = {}
         self.services: Dict[str, Tuple[Group, wire.ServiceMetrics]] = {}
 
 
@@ -2194,7 +2324,7 @@ def collect_node(node: wire.NodeMetrics, state: NodeState, cycle: Cycle) -> None
     for cycle.current, collect in NODE_SUBJECTS.items():
         try:
             collect(node, state, cycle)
-        except (ValueError, OSError, ArithmeticError) as error:
+        except Exception as error:
             cycle.failed(cycle.current, error)
 
 
@@ -2315,7 +2445,7 @@ def read_socket_inode(path: str) -> Optional[Tuple[int, int]]:
 
 def utf8(said: Any) -> str:
     """A text of the runtime's: one that is not UTF-8 comes as bytes, because cri.proto asks for no validation."""
-    return said if isinstance(said, str) else said.decode(errors='replace')
+    return (said if isinstance(said, str) else said.decode(errors='replace'))[:MAX_TEXT]
 
 
 def cri_method(runtime: Runtime, method: str) -> grpc.UnaryUnaryMultiCallable:
@@ -2407,44 +2537,49 @@ def find_runtime(paths: Sequence[str], unclear: Sequence[str], believed: Sequenc
 
 # --- cgroups of containers
 
-# A container's group has its id in its name: <id>, cri-containerd-<id>.scope, crio-<id>.scope, docker-<id>.scope.
-CONTAINER_CGROUP = re.compile(r'(?!crio-conmon-)(?:.*[^0-9a-f])?([0-9a-f]{64})(?:\.scope)?')
-# crun puts the processes of CRI-O's containers one level below.
-INNER_CGROUP = 'container'
-
-
-def read_container_cgroups(root: str) -> Dict[str, str]:
-    """All groups of containers and sandboxes: by id the path below the root of the hierarchy. One walk of the tree."""
-    paths = {}
-    for directory, names, _ in os.walk(root):
-        for name in names[:]:
-            match, path = CONTAINER_CGROUP.fullmatch(name), os.path.join(directory, name)
-            # One that has pods below it is the node itself, as in kind.
-            if match and not any(map(os.path.isdir, (f'{path}/kubepods', f'{path}/kubepods.slice', f'{path}/kubelet'))):
-                names.remove(name)
-                inner = os.path.join(path, INNER_CGROUP)
-                paths[match.group(1)] = (inner if os.path.isdir(inner) else path)[len(root) + 1:]
+def read_container_cgroups(tree: CgroupTree, cycle: Cycle) -> Dict[str, List[str]]:
+    """All groups of containers and sandboxes: by id the paths below the root of the hierarchy. One walk of the
+    tree."""
+    paths: Dict[str, List[str]] = collections.defaultdict(list)
+    for entry in node_groups(tree, cycle):
+        match = CONTAINER_CGROUP.fullmatch(entry.name)
+        if match:
+            paths[match.group(1)].append(entry.path[len(tree.top) + 1:])
     return paths
-
-
-def find_cgroups(state: RuntimeState, missing: Set[str], cycle: Cycle) -> Dict[str, str]:
-    """The paths of the groups with these ids. The tree is walked when there is a new id; ids without a group, as
-    those of VMs, are searched for again after SELDOM_SECONDS."""
-    state.tree = state.tree or read_cgroup_tree(cycle.roots.sysfs)
-    if not state.tree or not (missing - state.unfound or missing and cycle.now >= state.search_due):
-        return {}
-    paths = read_container_cgroups(state.tree.top)
-    state.unfound, state.search_due = missing - paths.keys(), cycle.now + SELDOM_SECONDS
-    return {id: paths[id] for id in missing & paths.keys()}
 
 
 def pod_cgroup_path(path: str, uid: str) -> Optional[str]:
     """The pod's group above a container's, where the kubelet has made one: pod<uid>, with systemd's driver - as _."""
     parts = path.split('/')
     for depth, name in enumerate(parts[:-1], 1):
-        if uid and (f'pod{uid}' in name or f'pod{uid.replace("-", "_")}' in name):
+        if uid and name.partition('.')[0].endswith((f'pod{uid}', f'pod{uid.replace("-", "_")}')):
             return '/'.join(parts[:depth])
     return None
+
+
+def group_of_process(state: RuntimeState, id: str, paths: Sequence[str], cycle: Cycle) -> str:
+    """Of several groups with a container's id the one that its process is in, by the runtime's word; else the first."""
+    request = cri.ContainerStatusRequest(container_id=id, verbose=True).SerializeToString()
+    try:
+        said = fetch(state.runtime, 'ContainerStatus', cycle, request).info
+        groups = cycle.read(f'/proc/{int(json.loads(said["info"])["pid"])}/cgroup') or ''
+    except (CriError, AttributeError, *MALFORMED):
+        groups = ''
+    return next((path for path in paths if f'/{path}\n' in groups or f'/{path}/' in groups), paths[0])
+
+
+def find_cgroups(state: RuntimeState, missing: Mapping[str, str], cycle: Cycle) -> Dict[str, str]:
+    """The paths of the groups with these ids, which belong to pods with these uids. The tree is walked when there is a
+    new id; ids without a group, as those of VMs, are searched for again after SELDOM_SECONDS."""
+    state.tree, wanted = state.tree or read_cgroup_tree(cycle.roots.sysfs), missing.keys()
+    if not state.tree or not (wanted - state.unfound or wanted and cycle.now >= state.search_due):
+        return {}
+    by_id, found = read_container_cgroups(state.tree, cycle), {}
+    state.unfound, state.search_due = wanted - by_id.keys(), cycle.now + SELDOM_SECONDS
+    for id in wanted & by_id.keys():
+        paths = [path for path in by_id[id] if pod_cgroup_path(path, missing[id])] or by_id[id]
+        found[id] = paths[0] if len(paths) == 1 else group_of_process(state, id, paths, cycle)
+    return found
 
 
 def qos_class(path: str) -> Optional[str]:
@@ -2462,7 +2597,9 @@ SANE_NANO_CORES = 10_000 * 10**9
 # has nine bytes, of seven bits each, the last of which is 64 or more.
 BEYOND_SENSE = 2**62
 BEYOND_SENSE_VARINT = re.compile(rb'[\x80-\xff]{8}[\x40-\xff]')
-# Of a container's groups so many are searched for a process.
+# An entry of a map of texts as protobuf encodes it: 1, length, key, 2, length, value.
+RESTART_COUNT = re.compile(rb'\n.io\.kubernetes\.container\.restartCount\x12.([0-9]{1,9})', re.DOTALL)
+# Of a container's groups so many are searched for a process: a systemd in a container has some.
 GROUPS_BELOW = 32
 
 
@@ -2490,8 +2627,9 @@ class Container:
 
 
 class Pod:
-    """A sandbox: its message, its containers by id, where the sandbox's group is, the pod's own group, and the
-    process through which its network was seen, with what that has said."""
+    """A sandbox: its message, its containers by id, where the sandbox's group is, the pod's own group, the process
+    through which its network was seen, with what that has said, and when a status of its containers was asked for
+    (monotonic clock)."""
 
     state: Optional[int] = None
     path: Optional[str] = None
@@ -2499,9 +2637,11 @@ class Pod:
     had_group = False
     pid: Optional[str] = None
     net_dev: Optional[bytes] = None
+    asked = 0.0
 
-    def __init__(self, message: wire.PodMetrics):
+    def __init__(self, message: wire.PodMetrics, labels_left_out: int = 0):
         self.message = message
+        self.labels_left_out = labels_left_out
         self.containers: Dict[str, Container] = {}
 
     def running(self) -> List[Container]:
@@ -2517,24 +2657,28 @@ def texts(labels: Mapping[Any, Any]) -> Dict[str, str]:
 
 
 def new_pod(sandbox: cri.PodSandbox) -> Pod:
-    metadata = sandbox.metadata
+    metadata, labels = sandbox.metadata, fitting_labels(texts(sandbox.labels), LABEL_BYTES)
     return Pod(wire.PodMetrics(
         id=utf8(sandbox.id), uid=utf8(metadata.uid), name=utf8(metadata.name), namespace=utf8(metadata.namespace),
-        created_at=max(0, sandbox.created_at), attempt=metadata.attempt, labels=texts(sandbox.labels),
-        runtime_handler=utf8(sandbox.runtime_handler) or None))
+        created_at=max(0, sandbox.created_at), attempt=metadata.attempt, labels=labels,
+        runtime_handler=utf8(sandbox.runtime_handler) or None), len(sandbox.labels) - len(labels))
 
 
-def fill_listed_container(message: wire.ContainerMetrics, container: cri.Container) -> None:
+def restart_count(container: cri.Container) -> Optional[int]:
+    """Of the annotations, which may be as large as their author likes, the kubelet's one alone is parsed."""
+    said = (RESTART_COUNT.fullmatch(annotation) for annotation in container.annotations)
+    return next((int(match.group(1)) for match in said if match), None)
+
+
+def fill_listed_container(message: wire.ContainerMetrics, container: cri.Container, labels: Mapping[str, str]) -> None:
     """What does not change while a container is there (cri-api: labels and annotations are those that it was made
     with)."""
     specified = utf8(container.image.user_specified_image)
-    restarts = utf8(container.annotations.get('io.kubernetes.container.restartCount', ''))
     message.MergeFrom(wire.ContainerMetrics(
         id=utf8(container.id), name=utf8(container.metadata.name), image=utf8(container.image.image),
         user_specified_image=None if specified in ('', container.image.image) else specified,
         created_at=max(0, container.created_at), attempt=container.metadata.attempt,
-        restart_count=int(restarts) if re.fullmatch('[0-9]{1,9}', restarts) else None, labels=texts(container.labels),
-        image_ref=utf8(container.image_ref) or None))
+        restart_count=restart_count(container), labels=labels, image_ref=utf8(container.image_ref) or None))
 
 
 def renew_pod(pod: Pod) -> None:
@@ -2557,20 +2701,34 @@ def remove_containers(pod: Pod, ids: Iterable[str]) -> None:
             del pod.containers[messages[index].id], messages[index]
 
 
-def update_containers(pod: Pod, listed: Mapping[str, cri.Container]) -> None:
+def recent_containers(pod: Pod, listed: Dict[str, cri.Container]) -> Dict[str, cri.Container]:
+    """Without those that have exited before others did, where there are many: a crash loop makes new ones."""
+    exited = sorted((id for id, container in listed.items() if container.state == cri.CONTAINER_EXITED),
+                    key=lambda id: listed[id].created_at, reverse=True)
+    count_left_out(pod.message, 'exited containers', len(exited) - MAX_EXITED)
+    return {id: container for id, container in listed.items() if id not in exited[MAX_EXITED:]}
+
+
+def update_containers(pod: Pod, listed: Dict[str, cri.Container]) -> None:
     """Bring the pod's containers up to the runtime's list. Their order is our own: the runtime's changes from call to
     call."""
     messages = pod.message.container_metrics
+    if len(listed) > MAX_EXITED or 'exited containers' in pod.message.left_out:
+        listed = recent_containers(pod, listed)
     if pod.containers.keys() != listed.keys():
         remove_containers(pod, pod.containers.keys() - listed.keys())
-        for id in listed.keys() - pod.containers.keys():
-            fill_listed_container(messages.add(), listed[id])
+        for id in sorted(listed.keys() - pod.containers.keys()):
+            labels = fitting_labels(texts(listed[id].labels), LABEL_BYTES - label_bytes(pod.message))
+            fill_listed_container(messages.add(), listed[id], labels)
         messages.sort(key=lambda message: (message.created_at, message.id))
         renew_pod(pod)
+        count_left_out(pod.message, 'labels', pod.labels_left_out + sum(
+            len(listed[message.id].labels) - len(message.labels) for message in pod.message.container_metrics))
     for id, container in pod.containers.items():
         state = listed[id].state
         if state != container.state:
             container.state, container.message.state = state, enum_name(cri.ContainerState, state)
+            container.message.ClearField('status')
             if container.group and state != cri.CONTAINER_RUNNING:
                 container.path = None
                 forget_group(pod, container)
@@ -2583,7 +2741,18 @@ def sandbox_of(container: cri.Container) -> cri.PodSandbox:
         part: labels.get(f'io.kubernetes.pod.{part}') for part in ('uid', 'name', 'namespace')})
 
 
-def update_pods(pods: Dict[str, Pod], sandboxes: Iterable[cri.PodSandbox], containers: Iterable[cri.Container]) -> None:
+def each_pod(pods: Dict[str, Pod], do: Callable[[Pod], None], cycle: Cycle) -> None:
+    """What fails beyond a file costs its pod: it begins anew with the next cycle."""
+    for id, pod in list(pods.items()):
+        try:
+            do(pod)
+        except Exception as error:
+            cycle.failed('pods', error)
+            del pods[id]
+
+
+def update_pods(pods: Dict[str, Pod], sandboxes: Iterable[cri.PodSandbox], containers: Iterable[cri.Container],
+                cycle: Cycle) -> None:
     """The runtime's lists decide which pods and containers there are: sandboxes that are READY, or have a container
     that runs, as where the pause process was killed, with all their containers."""
     by_id = {utf8(sandbox.id): sandbox for sandbox in sandboxes}
@@ -2597,11 +2766,15 @@ def update_pods(pods: Dict[str, Pod], sandboxes: Iterable[cri.PodSandbox], conta
     for id in pods.keys() - shown:
         del pods[id]
     for id in shown:
-        sandbox = by_id.get(id) or sandbox_of(next(iter(below[id].values())))
-        pod = pods[id] = pods.get(id) or new_pod(sandbox)
-        if pod.state != sandbox.state:
-            pod.state, pod.message.state = sandbox.state, enum_name(cri.PodSandboxState, sandbox.state)
-        update_containers(pod, below[id])
+        pods[id] = pods.get(id) or new_pod(by_id.get(id) or sandbox_of(next(iter(below[id].values()))))
+
+    def update_pod(pod: Pod) -> None:
+        state = by_id[pod.message.id].state if pod.message.id in by_id else cri.SANDBOX_NOTREADY
+        if pod.state != state:
+            pod.state, pod.message.state = state, enum_name(cri.PodSandboxState, state)
+        update_containers(pod, below[pod.message.id])
+
+    each_pod(pods, update_pod, cycle)
     if pods:
         # A pod a cycle, in turn: what was cleared in its message in the meantime is freed.
         first = next(iter(pods))
@@ -2628,7 +2801,7 @@ def collect_process_network(pod: Pod, pid: str, cycle: Cycle) -> bool:
     message, same, failed_before = pod.message, pid == pod.pid, cycle.failed_reads
     if same and message.host_network:
         return True
-    net_dev = cycle.read(f'/proc/{pid}/net/dev', None, read_bytes)
+    net_dev = cycle.read(f'/proc/{pid}/net/dev', None, functools.partial(read_bytes, limit=NET_DEV_BYTES))
     if not net_dev:
         return False
     if not same:
@@ -2639,8 +2812,9 @@ def collect_process_network(pod: Pod, pid: str, cycle: Cycle) -> bool:
     if not same or net_dev != pod.net_dev:
         path, said = f'/proc/{pid}/net/dev', b'' if message.host_network else net_dev
         counters = cycle.parsed(path, said.decode(errors='replace'), parse_net_dev) or {}
-        interfaces = [item for item in counters.items() if item[0] != 'lo']
-        fill_list(message.network_interfaces, interfaces, fill_pod_interface)
+        counters.pop('lo', None)
+        fill_list(message.network_interfaces, list(first_rows(counters).items()), fill_pod_interface)
+        count_left_out(message, 'interfaces', len(counters) - MAX_ROWS)
     pod.pid, pod.net_dev = pid, net_dev if cycle.failed_reads == failed_before else None
     return True
 
@@ -2648,8 +2822,8 @@ def collect_process_network(pod: Pod, pid: str, cycle: Cycle) -> bool:
 def pids_below(group: str, cycle: Cycle) -> Iterator[str]:
     """A process of the group; then, until the caller has seen enough, one of each group below it, where for example
     systemd in a container has all of them."""
-    below = (directory for directory, _, _ in itertools.islice(os.walk(group), GROUPS_BELOW))
-    for directory in itertools.chain((group,), below):
+    below = itertools.islice(walk_groups(group, os.DirEntry.is_dir), GROUPS_BELOW)
+    for directory in itertools.chain((group,), (entry.path for entry in below)):
         try:
             yield from read_small(f'{directory}/cgroup.procs').decode(errors='replace').split(None, 1)[:1]
         except OSError as error:
@@ -2676,27 +2850,33 @@ def collect_group(pod: Pod, owner: Any, tree: CgroupTree, subject: str, cycle: C
         forget_group(pod, owner)
 
 
+def collect_pod_groups(pod: Pod, tree: CgroupTree, cycle: Cycle) -> None:
+    """A pod's own group is above those of its sandbox and its containers."""
+    paths = [owner.path for owner in (pod, *pod.containers.values()) if owner.path]
+    if pod.group is None:
+        above = next(filter(None, (pod_cgroup_path(path, pod.message.uid) for path in paths)), None)
+        pod.group = Group(above) if above else None
+        fill_known(pod.message, qos_class=qos_class(above or ''))
+    if pod.group:
+        collect_group(pod, pod, tree, 'pod cgroups', cycle)
+    cycle.current = 'pod networks'
+    collect_pod_network(pod, tree.top, paths, cycle)
+    for container in pod.running():
+        if container.path:
+            container.group = container.group or Group(container.path)
+            collect_group(pod, container, tree, 'cgroups', cycle)
+    devices = [owner.group.devices for owner in (pod, *pod.containers.values()) if owner.group]
+    count_left_out(pod.message, 'devices', max(devices, default=0) - MAX_ROWS)
+
+
 def collect_groups(state: RuntimeState, cycle: Cycle) -> None:
-    """What the cgroups and network namespaces tell of the pods and the running containers. A pod's own group is above
-    those of its sandbox and its containers."""
-    owners = [owner for pod in state.pods.values() for owner in (pod, *pod.running())]
-    missing = {owner.message.id: owner for owner in owners if owner.path is None}
-    for id, path in find_cgroups(state, set(missing), cycle).items():
-        missing[id].path = path
-    for pod in state.pods.values() if state.tree else ():
-        paths = [owner.path for owner in (pod, *pod.containers.values()) if owner.path]
-        if pod.group is None:
-            above = next(filter(None, (pod_cgroup_path(path, pod.message.uid) for path in paths)), None)
-            pod.group = Group(above) if above else None
-            fill_known(pod.message, qos_class=qos_class(above or ''))
-        if pod.group:
-            collect_group(pod, pod, state.tree, 'pod cgroups', cycle)
-        cycle.current = 'pod networks'
-        collect_pod_network(pod, state.tree.top, paths, cycle)
-        for container in pod.running():
-            if container.path:
-                container.group = container.group or Group(container.path)
-                collect_group(pod, container, state.tree, 'cgroups', cycle)
+    """What the cgroups and network namespaces tell of the pods and the running containers."""
+    missing = {owner.message.id: (owner, pod.message.uid) for pod in state.pods.values()
+               for owner in (pod, *pod.running()) if owner.path is None}
+    for id, path in find_cgroups(state, {id: uid for id, (_, uid) in missing.items()}, cycle).items():
+        missing[id][0].path = path
+    if state.tree:
+        each_pod(state.pods, lambda pod: collect_pod_groups(pod, state.tree, cycle), cycle)
 
 
 def nano_cores(previous: UsageSample, sample: UsageSample) -> Optional[int]:
@@ -2821,7 +3001,7 @@ CONDITIONS_SECONDS, STATUSES_PER_CYCLE = 15, 32
 LATE_REASON_SECONDS = 60
 # What may fail on this side.
 RUNTIME_SUBJECTS = ('container runtime', 'container statistics', 'container status', 'runtime health', 'cgroups',
-                    'pod cgroups', 'pod networks')
+                    'pod cgroups', 'pod networks', 'pods')
 
 
 class RuntimeState:
@@ -2938,17 +3118,25 @@ def is_stale(container: Container, again: bool) -> bool:
     return again and (late or not container.message.HasField('status'))
 
 
-def fetch_statuses(state: RuntimeState, containers: Iterable[Container], again: bool, cycle: Cycle) -> None:
+def stale_containers(pods: Iterable[Pod], again: bool) -> List[Tuple[Pod, Container]]:
+    """Whose status to ask for, one of each pod and then another one, beginning with the pod that has waited longest: a
+    crash loop must not keep the others waiting. Of a pod those first that have exited: people look for the reason."""
+    ranked = []
+    for pod in pods:
+        stale = [container for container in pod.containers.values() if is_stale(container, again)]
+        stale.sort(key=lambda container: container.state != cri.CONTAINER_EXITED)
+        ranked += [(rank, pod, container) for rank, container in enumerate(stale)]
+    ranked.sort(key=lambda item: (item[0], item[1].asked, item[2].state != cri.CONTAINER_EXITED))
+    return [(pod, container) for _, pod, container in ranked]
+
+
+def fetch_statuses(state: RuntimeState, again: bool, cycle: Cycle) -> None:
     """The status of each container in its present state, for some containers a cycle."""
-    stale = [container for container in containers if is_stale(container, again)]
-    # Those that have exited first: people look for the reason.
-    stale.sort(key=lambda container: container.state != cri.CONTAINER_EXITED)
+    stale = stale_containers(state.pods.values(), again)
     if stale:
         state.troubles.pop('container status', None)
-    for container in stale[:STATUSES_PER_CYCLE]:
-        if container.asked_state != container.state:
-            container.message.ClearField('status')
-            container.asked_state = container.state
+    for pod, container in stale[:STATUSES_PER_CYCLE]:
+        container.asked_state, pod.asked = container.state, cycle.now
         try:
             request = cri.ContainerStatusRequest(container_id=container.message.id).SerializeToString()
             answer = fetch(state.runtime, 'ContainerStatus', cycle, request)
@@ -3013,7 +3201,7 @@ def update_from_runtime(state: RuntimeState, options: Options, cycle: Cycle) -> 
         if error.code is not grpc.StatusCode.DEADLINE_EXCEEDED:
             forget_runtime(state)
         return False
-    update_pods(state.pods, sandboxes, containers)
+    update_pods(state.pods, sandboxes, containers, cycle)
     state.listed_at, state.listed = cycle.now, wire.RuntimeMetrics(
         name=runtime.name, version=runtime.version, socket=runtime.socket, service=runtime.service,
         listed_at_ns=time.time_ns(), sandboxes=count_states(cri.PodSandboxState, sandboxes),
@@ -3039,13 +3227,26 @@ def fetch_details(state: RuntimeState, options: Options, message: wire.RuntimeMe
     needed = any(container.group is None and container.state == cri.CONTAINER_RUNNING for container in containers)
     if needed or sizes_due:
         start_stats(state, cycle)
-    fetch_statuses(state, containers, conditions_due, cycle)
+    fetch_statuses(state, conditions_due, cycle)
     state.conditions_due = cycle.now + CONDITIONS_SECONDS if conditions_due else state.conditions_due
     state.sizes_due = cycle.now + options.fs_stats_interval if sizes_due else state.sizes_due
     fetch_health(state, conditions_due, sizes_due, cycle)
     message.conditions.update(state.conditions)
     fill_list(message.image_file_systems, state.image_file_systems, fill_file_system)
     return fetch_stats(state, needed, cycle) if state.stats_call else {}
+
+
+def fill_usage(pod: Pod, stats: Mapping[str, cri.ContainerStats]) -> None:
+    for container in pod.containers.values():
+        said = stats.get(container.message.id)
+        # A layer with timestamp 0 is not measured yet (containerd's first 10 s).
+        if said and said.writable_layer.timestamp:
+            fill_file_system(container.message.file_system_metrics, said.writable_layer)
+        if container.group:
+            fill_usage_from_cgroup(container)
+        else:
+            # CRI-O has numbers of one that was never started, too.
+            fill_usage_from_cri(container, said if container.state == cri.CONTAINER_RUNNING else None)
 
 
 def collect_pods(metrics: wire.Metrics, options: Options, state: RuntimeState, cycle: Cycle) -> None:
@@ -3065,16 +3266,7 @@ def collect_pods(metrics: wire.Metrics, options: Options, state: RuntimeState, c
     stats = fetch_details(state, options, message, cycle) if answers else {}
     for subject, error in state.troubles.items():
         cycle.failures.setdefault(subject, error)
-    for container in (container for pod in state.pods.values() for container in pod.containers.values()):
-        said = stats.get(container.message.id)
-        # A layer with timestamp 0 is not measured yet (containerd's first 10 s).
-        if said and said.writable_layer.timestamp:
-            fill_file_system(container.message.file_system_metrics, said.writable_layer)
-        if container.group:
-            fill_usage_from_cgroup(container)
-        else:
-            # CRI-O has numbers of one that was never started, too.
-            fill_usage_from_cri(container, said if container.state == cri.CONTAINER_RUNNING else None)
+    each_pod(state.pods, lambda pod: fill_usage(pod, stats), cycle)
     messages = [pod.message for pod in state.pods.values()]
     messages.sort(key=lambda pod: (pod.namespace, pod.name, pod.created_at))
     for pod in messages:
@@ -3449,7 +3641,13 @@ def ca_file(relay: Relay) -> Tuple[str, str]:
     """The flag to blame and the file of the certificates to trust. RelayError where the system has none."""
     if relay.ca:
         return '--relay-ca', relay.ca
-    roots = os.environ.get('SSL_CERT_FILE') or next(filter(os.path.exists, SYSTEM_ROOTS), None)
+    named = os.environ.get('SSL_CERT_FILE')
+    roots = named or next(filter(os.path.exists, SYSTEM_ROOTS), None)
+    try:
+        if named:
+            check_file(named)
+    except (OSError, UnsafePath) as error:
+        raise RelayError(f'--relay-tls: SSL_CERT_FILE: {error}') from None
     if not roots:
         raise RelayError(f'--relay-tls: no system roots at {", ".join(SYSTEM_ROOTS)} (--relay-ca FILE names some)')
     return '--relay-tls', roots
@@ -3857,7 +4055,8 @@ def collect_agent(message: wire.AgentMetrics, stats: AgentStats, backlog: Option
         uptime_seconds=now - stats.started, cpu_seconds_total=time.process_time(),
         resident_bytes=parse_statm(statm) * PAGE_SIZE_BYTES if statm else None,
         threads=len(os.listdir('/proc/self/task')) or None, open_files=stats.open_files,
-        cycles_total=stats.cycles, skipped_ticks_total=stats.skipped_ticks, collection_seconds=stats.collection_seconds,
+        log_lines_left_out_total=log_budget.left_out, cycles_total=stats.cycles,
+        skipped_ticks_total=stats.skipped_ticks, collection_seconds=stats.collection_seconds,
         failures_total=dict(stats.failures), cri_methods=[stats.calls[method] for method in sorted(stats.calls)]))
     if backlog:
         acknowledged = backlog.last_acknowledged
@@ -3886,8 +4085,8 @@ def collect_snapshot(roots: Roots, options: Options, state: State, stats: AgentS
     collect_node(metrics.node_metrics, state.node, cycle)
     try:
         collect_pods(metrics, options, state.runtime, cycle)
-    except (ValueError, OSError) as error:
-        cycle.failed('container runtime', f'unintelligible: {error}')
+    except Exception as error:
+        cycle.failed('container runtime', error)
         metrics.node_metrics.ClearField('container_runtime')
         forget_runtime(state.runtime)
         state.runtime = RuntimeState(state.runtime.description)
@@ -3918,8 +4117,11 @@ def render_json(metrics: wire.Metrics) -> str:
 
 
 def printable(text: str) -> str:
-    """Processes and pods choose their names: no control code in them may reach the terminal."""
-    return ''.join(char if char.isprintable() else '?' for char in text)
+    """Processes and pods choose their names: no control code and no right-to-left mark in them may reach a terminal, a
+    label or the log, but as Python writes it, \\x1b."""
+    if text.isprintable():
+        return text
+    return ''.join(char if char.isprintable() else char.encode('unicode_escape').decode() for char in text)
 
 
 def human_bytes(number: float) -> str:
@@ -4468,6 +4670,8 @@ AGENT_SAMPLES = (
     ('kubensage_agent_open_files', 'Open file descriptors of the agent.', 'open_files'),
     ('kubensage_agent_cycles_total', 'Snapshots collected.', 'cycles_total'),
     ('kubensage_agent_skipped_ticks_total', 'Cycles left out because one took too long.', 'skipped_ticks_total'),
+    ('kubensage_agent_log_lines_left_out_total', 'Lines not logged: their subject had too many in a minute.',
+     'log_lines_left_out_total'),
     ('kubensage_agent_collection_seconds', 'Duration of the previous collection.', 'collection_seconds'),
     ('kubensage_backlog_snapshots', 'Snapshots that wait for the relay.', 'backlog.snapshots'),
     ('kubensage_backlog_memory_bytes', 'Memory that they take.', 'backlog.memory_bytes'),
@@ -4559,6 +4763,9 @@ def pod_families(pods: Sequence[wire.PodMetrics]) -> List[Family]:
             ({**labels, 'image': container.user_specified_image or container.image, 'state': container.state,
               'reason': container.status.reason}, 1)
             for labels, container in containers]),
+        Family('kubensage_pod_left_out', 'What one pod has more of than it may have, and how much of it is missing.', [
+            ({**labels, 'what': what}, count)
+            for labels, pod in by_pod for what, count in sorted(pod.left_out.items())]),
         Family('container_memory_failures_total', 'Page faults by type.', [
             ({**labels, 'failure_type': kind, 'scope': 'container'}, getattr(cgroup.memory.stat, kind))
             for labels, cgroup in cgroups for kind in ('pgfault', 'pgmajfault') if cgroup.memory.stat.HasField(kind)]),
@@ -4599,7 +4806,7 @@ def own_families(metrics: wire.Metrics) -> List[Family]:
 def render_sample(name: str, labels: Labels, value: float) -> str:
     pairs = []
     for key, label in labels.items():
-        escaped = label.replace('\\', '\\\\').replace('"', '\\"').replace('\n', '\\n')
+        escaped = printable(label).replace('\\', '\\\\').replace('"', '\\"')
         pairs.append(f'{key}="{escaped}"')
     number = str(int(value)) if math.isfinite(value) and value == int(value) else repr(float(value))
     return f'{name}{{{",".join(pairs)}}} {number}\n' if pairs else f'{name} {number}\n'
@@ -4623,8 +4830,13 @@ def render_prometheus(metrics: wire.Metrics, openmetrics: bool = False) -> str:
 
 # --- HTTP
 
-# A connection that sends nothing is dropped after so long; beyond so many the oldest is dropped.
+# How long a request may take to arrive, and an answer to be taken; beyond so many connections the oldest is dropped.
 HTTP_TIMEOUT_SECONDS, MAX_CONNECTIONS = 5, 32
+# The first line and the headers.
+MAX_REQUEST_BYTES = 8192
+END_OF_HEADERS = re.compile(rb'\r?\n\r?\n')
+# How long to wait for a port that is taken.
+LISTEN_AGAIN_SECONDS = 1
 # How long the end of the agent may wait for the server.
 HTTP_POLL_SECONDS = 0.1
 # How old the last snapshot may be before the agent calls itself unhealthy: so many intervals, and at least so long.
@@ -4643,8 +4855,13 @@ class Published:
     request."""
 
     metrics: Optional[wire.Metrics] = None
+    # The server of --listen, or why there is none.
+    server: Any = None
+    trouble: Optional[str] = None
 
-    def __init__(self, interval: float):
+    def __init__(self, address: str, interval: float):
+        self.address = address
+        self.closed = threading.Event()
         self.interval = interval
         self.taken = time.monotonic()
         self.rendering = threading.Lock()
@@ -4652,8 +4869,8 @@ class Published:
         self.rendered: Dict[bool, Tuple[int, bytes]] = {}
 
 
-def exposition(published: Published, openmetrics: bool) -> Optional[bytes]:
-    """The text of the last snapshot, and its age now; None before there is one."""
+def exposition(published: Published, openmetrics: bool) -> Optional[Tuple[bytes, bytes]]:
+    """The text of the last snapshot, which those who ask share, and its age now; None before there is one."""
     with published.rendering:
         metrics, age_seconds = published.metrics, time.monotonic() - published.taken
         if metrics is None:
@@ -4663,7 +4880,7 @@ def exposition(published: Published, openmetrics: bool) -> Optional[bytes]:
             text = render_prometheus(metrics, openmetrics).encode()
             published.rendered[openmetrics] = metrics.agent_metrics.sequence, text
     age = Family('kubensage_snapshot_age_seconds', 'Time since the snapshot was taken.', [({}, age_seconds)])
-    return text + (render_family(age, openmetrics) + ('# EOF\n' if openmetrics else '')).encode()
+    return text, (render_family(age, openmetrics) + ('# EOF\n' if openmetrics else '')).encode()
 
 
 def prefers_openmetrics(accept: str) -> bool:
@@ -4677,24 +4894,37 @@ def prefers_openmetrics(accept: str) -> bool:
     return 0 < weights[OPENMETRICS] >= weights['text/plain']
 
 
-def http_answer(published: Published, path: str, accept: str) -> Tuple[int, str, bytes]:
-    """Status, content type and body for a GET."""
+def http_answer(published: Published, path: str, accept: str) -> Tuple[int, str, Sequence[bytes]]:
+    """Status, content type and the parts of the body for a GET."""
     path = path.partition('?')[0]
     if path == '/metrics':
         openmetrics = prefers_openmetrics(accept)
         body = exposition(published, openmetrics)
         if body is None:
-            return 503, 'text/plain', b'no snapshot yet\n'
+            return 503, 'text/plain', [b'no snapshot yet\n']
         return 200, OPENMETRICS_TYPE if openmetrics else TEXT_TYPE, body
     if path == '/healthz':
         age, trouble = time.monotonic() - published.taken, '' if published.metrics else 'no snapshot yet'
         if age > max(HEALTHY_SECONDS, HEALTHY_INTERVALS * published.interval):
             trouble = f'no snapshot for {age:.0f} s'
-        return 503 if trouble else 200, 'text/plain', f'{trouble or "ok"}\n'.encode()
-    return 404, 'text/plain', b'404: only /metrics and /healthz are served\n'
+        return 503 if trouble else 200, 'text/plain', [f'{trouble or "ok"}\n'.encode()]
+    return 404, 'text/plain', [b'404: only /metrics and /healthz are served\n']
 
 
-def http_server(address: str, published: Published) -> Any:
+def read_request(connection: socket.socket) -> bytes:
+    """The head of a request, or what is there of it when there is too much, or no more in time."""
+    head, deadline = b'', time.monotonic() + HTTP_TIMEOUT_SECONDS
+    while not END_OF_HEADERS.search(head) and len(head) <= MAX_REQUEST_BYTES:
+        connection.settimeout(max(0.001, deadline - time.monotonic()))
+        chunk = connection.recv(MAX_REQUEST_BYTES + 1 - len(head))
+        if not chunk:
+            break
+        head += chunk
+    connection.settimeout(HTTP_TIMEOUT_SECONDS)
+    return head
+
+
+def http_server(published: Published) -> Any:
     """A server of the standard library with a thread for each connection, and a bound on them. OSError: the address is
     not available."""
     # http.client, which http.server imports, imports ssl where there is one.
@@ -4705,16 +4935,24 @@ def http_server(address: str, published: Published) -> Any:
     lock = threading.Lock()
 
     class Handler(http.server.BaseHTTPRequestHandler):
-        timeout = HTTP_TIMEOUT_SECONDS
         server_version, sys_version = 'kubensage-agent', ''
+
+        def handle(self) -> None:
+            head = read_request(self.connection)
+            self.rfile = io.BytesIO(head)
+            if len(head) <= MAX_REQUEST_BYTES:
+                return super().handle()
+            self.request_version, self.requestline = self.protocol_version, ''
+            return self.send_error(431)
 
         def do_GET(self) -> None:
             status, content_type, body = http_answer(published, self.path, ','.join(self.headers.get_all('Accept', ())))
             self.send_response(status)
             self.send_header('Content-Type', content_type)
-            self.send_header('Content-Length', str(len(body)))
+            self.send_header('Content-Length', str(sum(map(len, body))))
             self.end_headers()
-            self.wfile.write(body)
+            for part in body:
+                self.wfile.write(part)
 
         def log_message(self, *arguments: Any) -> None:
             log.debug('http: %s', arguments[0] % arguments[1:])
@@ -4724,7 +4962,7 @@ def http_server(address: str, published: Published) -> Any:
         allow_reuse_address = daemon_threads = True
         block_on_close = False
         request_queue_size = 128
-        address_family = socket.AF_INET6 if address.startswith('[') else socket.AF_INET
+        address_family = socket.AF_INET6 if published.address.startswith('[') else socket.AF_INET
 
         def process_request(self, request: Any, client_address: Any) -> None:
             with lock:
@@ -4744,22 +4982,38 @@ def http_server(address: str, published: Published) -> Any:
         def handle_error(self, request: Any, client_address: Any) -> None:
             log.debug('http: %s', sys.exc_info()[1])
 
-    host, _, port = address.rpartition(':')
+    host, _, port = published.address.rpartition(':')
     return Server((host.strip('[]'), int(port)), Handler)
 
 
-def start_listening(address: str, published: Published) -> Any:
+def listen(published: Published) -> None:
+    """One attempt."""
     try:
-        server = http_server(address, published)
+        published.server, published.trouble = http_server(published), None
     except OSError as error:
-        raise ListenError(f'--listen {address}: {error.strerror or error}') from None
-    start_thread(server.serve_forever, HTTP_POLL_SECONDS)
-    return server
+        published.trouble = f'--listen {published.address}: {error.strerror or error}'
+
+
+def serve(published: Published) -> None:
+    """The thread that serves, as soon as the port is free."""
+    while published.server is None and not published.closed.wait(LISTEN_AGAIN_SECONDS):
+        listen(published)
+    if published.server:
+        published.server.serve_forever(HTTP_POLL_SECONDS)
+
+
+def stop_serving(published: Published) -> None:
+    published.closed.set()
+    if published.server:
+        published.server.shutdown()
+        published.server.server_close()
 
 
 # --- log
 
 DEFAULT_LOG_FILE = '/var/log/kubensage/kubensage-agent.log'
+# What a subject may say in a minute.
+LOG_LINES_A_MINUTE = 20
 # --log-max-backups 0 keeps all; for logging.handlers 0 means no rotation.
 ALL_BACKUPS = 1000
 
@@ -4788,10 +5042,13 @@ def check_owner(path: str, status: os.stat_result) -> None:
 
 
 def open_log_file(path: str, flags: int) -> int:
-    """OSError where it is a link or another user's."""
-    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o640)
+    """OSError where it is a link, another user's, or a pipe that nobody reads."""
+    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o640)
     try:
-        check_owner(path, os.fstat(descriptor))
+        status = os.fstat(descriptor)
+        check_owner(path, status)
+        if status.st_nlink > 1:
+            raise PermissionError(errno.EPERM, f'{path} has another name, somewhere else')
     except OSError:
         os.close(descriptor)
         raise
@@ -4827,10 +5084,29 @@ def log_file_handler(options: Options, path: str) -> logging.Handler:
     return handler
 
 
-def one_line(record: logging.LogRecord) -> bool:
-    """A filter: text from elsewhere may have line feeds, and none may forge a line of the log."""
-    record.msg, record.args = printable(record.getMessage()), ()
-    return True
+class LogBudget(logging.Filter):
+    """Text from elsewhere may have line feeds, and none may forge a line of the log; what comes and goes in each cycle
+    must not fill it."""
+
+    minute = left_out = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: Counts = collections.Counter()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if self.minute != int(time.monotonic() / 60):
+            self.minute, self.lines = int(time.monotonic() / 60), collections.Counter()
+        # `mount /any/path: ...` is about mounts.
+        subject = str(record.args[0]).partition(' /')[0] if record.msg.startswith('%s: ') else record.msg
+        self.lines[subject] += 1
+        last = ' (more such lines are left out for a minute)' if self.lines[subject] == LOG_LINES_A_MINUTE else ''
+        record.msg, record.args = printable(record.getMessage())[:2 * MAX_TEXT] + last, ()
+        self.left_out += self.lines[subject] > LOG_LINES_A_MINUTE
+        return self.lines[subject] <= LOG_LINES_A_MINUTE
+
+
+log_budget = LogBudget()
 
 
 def set_up_log(options: Options) -> None:
@@ -4853,7 +5129,7 @@ def set_up_log(options: Options) -> None:
                         format='%(asctime)s %(levelname)s %(message)s')
     # What grpc reports comes back as the status of a call.
     logging.getLogger('grpc').setLevel(logging.CRITICAL)
-    log.addFilter(one_line)
+    log.addFilter(log_budget)
     # A log file that cannot be written any more must not fill stderr with tracebacks.
     logging.raiseExceptions = False
     if failure:
@@ -5373,10 +5649,12 @@ def open_sinks(options: Options, closing: contextlib.ExitStack) -> Sinks:
     """As the options say; what has to be closed is closed with `closing`, in the opposite order."""
     backlog = published = live = None
     if options.listen:
-        published = Published(options.main_loop_duration)
-        server = start_listening(options.listen, published)
-        closing.callback(server.server_close)
-        closing.callback(server.shutdown)
+        published = Published(options.listen, options.main_loop_duration)
+        listen(published)
+        if published.trouble and not (options.relay_address or options.output):
+            raise ListenError(published.trouble)
+        closing.callback(stop_serving, published)
+        start_thread(serve, published)
     if options.relay_address:
         backlog, relay = open_backlog(options), relay_from(options)
         backlog.pace_seconds = min(1, options.main_loop_duration / CATCH_UP_PACE)
@@ -5415,6 +5693,8 @@ def hand_over(previous: Optional[wire.Metrics], metrics: wire.Metrics, sinks: Si
     if sinks.backlog:
         data, failures = serialize(metrics, sinks.backlog.max_snapshot_bytes)
         failures.update(add_snapshot(sinks.backlog, data))
+    if sinks.published and sinks.published.trouble:
+        failures['listen'] = sinks.published.trouble
     try:
         if sinks.live:
             sinks.live.previous, sinks.live.metrics = previous, metrics
