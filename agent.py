@@ -1096,10 +1096,10 @@ def collect_pressure(node: wire.NodeMetrics, state: NodeState, cycle: Cycle) -> 
 
 # statvfs(2) of a file server that is gone waits in the kernel, where no signal reaches, and what takes the lock of the
 # network (RTNL) as long as a pod with thousands of interfaces ends: such calls are in a process that can be left
-# behind. What it is asked is a letter and a path, or a request of rtnetlink in hexadecimal; it answers with the
-# question, a NUL, and what it has found after a `=`, or the errno after a `!`. It has a thread for each question that
-# waits. It ends when the agent has.
-STATVFS, READ, NETLINK = b's', b'r', b'n'
+# behind. What it is asked is a letter and a path, several paths in as many lines, or a request of rtnetlink in
+# hexadecimal; it answers with the question, a NUL, and what it has found after a `=`, or the errno after a `!`. It has
+# a thread for each question that waits. It ends when the agent has.
+STATVFS, READ, READ_ALL, NETLINK = b's', b'r', b'a', b'n'
 HELPER = '''
 import os, _socket, _thread, zlib
 idle = []
@@ -1114,6 +1114,8 @@ def dump(request):
 
 def answer(question):
     path = question[1:]
+    if question[:1] == b'a':
+        return b'\\0'.join(answer(b'r' + line) for line in path.split(b'\\n'))
     try:
         if question[:1] == b'n':
             return b'=' + zlib.compress(dump(bytes.fromhex(path.decode())), 1)
@@ -1225,13 +1227,14 @@ def answered(path: str, said: bytes, cycle: Cycle) -> Optional[bytes]:
     return None if error in ABSENT or error == errno.EINVAL else cycle.failed_file(path, os.strerror(error))
 
 
-def ask_kernel(state: NodeState, what: bytes, paths: List[str], cycle: Cycle) -> Dict[str, Optional[bytes]]:
-    """By path what is there, empty where that is not known yet. The last answer stands until there is a new one."""
-    answers, last = ask_helper(state.helper, what, paths, cycle, KERNEL_PATIENCE_SECONDS), state.answers.get(what, {})
-    if any(what + os.fsencode(path) in state.helper.waiting for path in paths):
+def ask_kernel(state: NodeState, what: bytes, question: str, cycle: Cycle) -> bytes:
+    """What the helper says; the last answer stands until there is a new one. Empty where there is none yet."""
+    answers = ask_helper(state.helper, what, [question], cycle, KERNEL_PATIENCE_SECONDS)
+    if question not in answers:
         cycle.failed(f'{cycle.current}: RTNL', 'the network is locked: it is as the kernel said last')
-    state.answers[what] = {path: answers.get(path) or last.get(path, b'') for path in paths}
-    return {path: answered(path, said, cycle) for path, said in state.answers[what].items()}
+        answers = state.answers.get(what, {})
+    state.answers[what] = answers
+    return answers.get(question, b'')
 
 
 # --- processes
@@ -1525,11 +1528,17 @@ def collect_pod_side(name: str, packets: int, link: Link, cycle: Cycle) -> wire.
     return link.message
 
 
+def answered_int(path: str, said: bytes, cycle: Cycle) -> Optional[int]:
+    text = (answered(path, said, cycle) or b'').decode(errors='replace').strip()
+    return cycle.parsed(path, text, parse_number) if text else None
+
+
 def collect_network(node: wire.NodeMetrics, state: NodeState, cycle: Cycle) -> None:
     """Carrier and speed take the lock of the network."""
     counters = cycle.read(net_path('dev', cycle), parse_net_dev) or {}
-    answers = ask_kernel(state, READ, [cycle.path(f'/sys/class/net/{name}/{file}') for name in counters
-                                       if not POD_SIDE_INTERFACE.match(name) for file in LOCKED_FILES], cycle)
+    locked = [cycle.path(f'/sys/class/net/{name}/{file}') for name in counters if not POD_SIDE_INTERFACE.match(name)
+              for file in LOCKED_FILES]
+    said = dict(zip(locked, ask_kernel(state, READ_ALL, '\n'.join(locked), cycle).split(b'\0'))) if locked else {}
     for name in state.links.keys() - counters.keys():
         del state.links[name]
     for name, columns in counters.items():
@@ -1540,9 +1549,8 @@ def collect_network(node: wire.NodeMetrics, state: NodeState, cycle: Cycle) -> N
             continue
         interface.name = name
         collect_link(interface, cycle)
-        carrier, speed = (
-            answers[path] and cycle.parsed(path, answers[path].decode(errors='replace'), parse_number)
-            for path in (cycle.path(f'/sys/class/net/{name}/{file}') for file in LOCKED_FILES))
+        carrier, speed = (answered_int(path, said.get(path, b''), cycle) for path in (
+            cycle.path(f'/sys/class/net/{name}/{file}') for file in LOCKED_FILES))
         fill_known(interface, operstate=cycle.read_line(f'/sys/class/net/{name}/operstate'),
                    carrier=None if carrier is None else bool(carrier),
                    speed_mbits=None if speed in UNKNOWN_SPEEDS else speed)
@@ -1603,7 +1611,7 @@ def ask_addresses(state: NodeState, cycle: Cycle) -> bytes:
         return b''
     header = NLMSGHDR.pack(NLMSGHDR.size + IFADDRMSG.size, RTM_GETADDR, NLM_F_REQUEST | NLM_F_DUMP, 1, 0)
     request = (header + IFADDRMSG.pack(socket.AF_UNSPEC, 0, 0, 0, 0)).hex()
-    packed = ask_kernel(state, NETLINK, [request], cycle)[request]
+    packed = answered('rtnetlink', ask_kernel(state, NETLINK, request, cycle), cycle)
     return zlib.decompress(packed) if packed else b''
 
 
