@@ -2265,7 +2265,10 @@ def node_groups(tree: CgroupTree, cycle: Cycle) -> Iterator[os.DirEntry]:
         return (status.st_uid in (0, os.geteuid()) and not status.st_mode & 0o022 and entry.name != 'user.slice'
                 and (not CONTAINER_CGROUP.fullmatch(entry.name) or entry.name in node))
 
-    return itertools.islice(walk_groups(tree.top, enter), MAX_GROUPS)
+    for number, entry in enumerate(walk_groups(tree.top, enter)):
+        if number == MAX_GROUPS:
+            return cycle.failed(f'{cycle.current}: groups', f'more than {MAX_GROUPS}: the others are left out')
+        yield entry
 
 
 # --- services
@@ -4920,7 +4923,7 @@ def http_answer(published: Published, path: str, accept: str) -> Tuple[int, str,
 
 
 def read_request(connection: socket.socket) -> bytes:
-    """The head of a request, or what is there of it when there is too much, or no more in time."""
+    """The head of a request, or as much of it as shows that it is too long. OSError where it does not come in time."""
     head, deadline = b'', time.monotonic() + HTTP_TIMEOUT_SECONDS
     while not END_OF_HEADERS.search(head) and len(head) <= MAX_REQUEST_BYTES:
         connection.settimeout(max(0.001, deadline - time.monotonic()))
@@ -4950,7 +4953,7 @@ def http_server(published: Published) -> Any:
             self.rfile = io.BytesIO(head)
             if len(head) <= MAX_REQUEST_BYTES:
                 return super().handle()
-            self.request_version, self.requestline = self.protocol_version, ''
+            self.command, self.request_version, self.requestline = 'GET', self.protocol_version, ''
             return self.send_error(431)
 
         def do_GET(self) -> None:
