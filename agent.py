@@ -2006,6 +2006,10 @@ def parse_io_stat(text: str) -> Dict[str, Counts]:
     return parse_lines(text, parse_line, lambda rows: {device: counts for device, counts in rows if counts})
 
 
+# Under CRI-O crun has a container's processes one level below, in `container`. Its throttling and its limit of swap are
+# right there alone; all else is what the outer group says, for a container can make such a group itself.
+CRIO_CGROUP = re.compile(r'/crio-[0-9a-f]{64}\.scope$')
+THROTTLING = ('nr_periods', 'nr_throttled', 'throttled_usec')
 IO_NAMES = frozenset(('rbytes', 'wbytes', 'rios', 'wios'))
 
 
@@ -2197,6 +2201,15 @@ def group_file_value(path: str, file: GroupFile, text: Any, cycle: Cycle) -> Any
     return None if text is None else cycle.parsed(path, text.decode('ascii', 'replace'), file.parse)
 
 
+def add_inner(files: Dict[str, Any], inner: str, cycle: Cycle) -> None:
+    """What the files of the container's own group lack, as far as they are among those."""
+    if files.get('cpu.stat'):
+        stat = cycle.read(f'{inner}/cpu.stat', parse_flat_keyed) or {}
+        files['cpu.stat'].update((name, stat[name]) for name in THROTTLING if name in stat)
+    if 'memory.swap.max' in files and files['memory.swap.max'] is None:
+        files['memory.swap.max'] = cycle.read(f'{inner}/memory.swap.max', parse_single)
+
+
 def collect_cgroup(message: wire.CgroupMetrics, tree: CgroupTree, group: Group, cycle: Cycle) -> bool:
     """Write into the message what the group's files say anew. False where the group is gone."""
     texts = read_group(tree, group, cycle)
@@ -2222,6 +2235,8 @@ def collect_cgroup(message: wire.CgroupMetrics, tree: CgroupTree, group: Group, 
         # One value of v2 may be made of several files.
         group.v1_files.update(files)
         files = from_v1(group.v1_files)
+    elif CRIO_CGROUP.search(group.path):
+        add_inner(files, f'/sys/fs/cgroup/{group.path}/container', cycle)
     for name, value in files.items():
         fill_group_file(message, name, value)
     if 'io.stat' in files:

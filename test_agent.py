@@ -2586,6 +2586,22 @@ class CgroupFilesTest(Case):
                 dict(device='8:16', rbytes=1, wbytes=2, rios=3, wios=4)]),
             pids=dict(current=31, max=32))), self.collect_first(group_of(2, 'a/b'), 'a/b'))
 
+    def test_throttling_and_swap_limit_of_crun_are_those_of_the_inner_group_and_nothing_else_is(self):
+        """cri-containerd-: a container may make a group of that name itself."""
+        outer = {'cpu.stat': 'usage_usec 9\nnr_periods 1\nnr_throttled 2\nthrottled_usec 3\n', 'memory.current': '4\n',
+                 'memory.swap.max': 'max\n'}
+        inner = {'cpu.stat': 'usage_usec 0\nnr_periods 5\nnr_throttled 6\nthrottled_usec 7\n', 'memory.current': '0\n',
+                 'memory.swap.max': '8\n'}
+        for name, expected in ((f'crio-{APP}.scope', (9, 5, 6, 7, 4, 8)),
+                               (f'cri-containerd-{APP}.scope', (9, 1, 2, 3, 4, None))):
+            with self.subTest(name):
+                path = f'kubepods.slice/{name}'
+                self.collect_first({**V2, **below(f'sys/fs/cgroup/{path}', outer),
+                                    **below(f'sys/fs/cgroup/{path}/container', inner)}, path)
+                stat, memory = self.message.cpu.stat, self.message.memory
+                self.assertEqual(expected, (stat.usage_usec, stat.nr_periods, stat.nr_throttled, stat.throttled_usec,
+                                            memory.current, agent.known(memory.swap, 'max')))
+
     def test_v1_has_the_same_numbers_in_the_same_fields(self):
         """Whether cpu and cpuacct share a directory or not, and through the links to it that systemd makes."""
         expected = known_values(wire.CgroupMetrics(
