@@ -148,8 +148,13 @@ def check_file(path: str, believed: Sequence[int] = ()) -> None:
 
 
 def check_socket(path: str, believed: Sequence[int] = ()) -> None:
-    """check_file, and check_user of who listens there (SO_PEERCRED of unix(7)). OSError where nobody does."""
+    """check_file, and check_user of who listens there (SO_PEERCRED of unix(7)). OSError where nobody does.
+
+    In a sticky directory the name would be anybody's as soon as the server is stopped.
+    """
     check_file(path, believed)
+    if os.stat(os.path.dirname(path)).st_mode & 0o022:
+        raise UnsafePath(f'{os.path.dirname(path)} is writable by others')
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC) as probe:
         probe.connect(path)
         _, user, _ = UCRED.unpack(probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size))
@@ -1291,6 +1296,8 @@ PSEUDO_FILESYSTEMS = frozenset((
     'fusectl hugetlbfs iso9660 mqueue nfsd none nsfs overlay pipefs proc pstore ramfs rootfs rpc_pipefs securityfs '
     'selinuxfs smackfs sockfs squashfs sysfs tmpfs tracefs fuse.lxcfs fuse.gvfsd-fuse fuse.portal '
     'fuse.snapfuse').split())
+# Sources that have another name for the kernel. With FUSE a user chooses the source.
+KERNEL_NAMED = re.compile('/dev/root|/dev/mapper/[^/]+')
 READ_ONLY_OPTIONS = {'ro', 'emergency_ro', 'shutdown'}
 
 
@@ -1339,7 +1346,7 @@ def real_mounts(mounts: Iterable[Mount]) -> List[Mount]:
 
 def device_name(mount: Mount, cycle: Cycle) -> str:
     """The source of the mount, /dev/root and what is in /dev/mapper as the kernel names it."""
-    if mount.source != '/dev/root' and not mount.source.startswith('/dev/mapper/'):
+    if not KERNEL_NAMED.fullmatch(mount.source):
         return mount.source
     for link in (f'/sys/dev/block/{mount.device_number}', mount.source):
         with contextlib.suppress(OSError):
@@ -1372,7 +1379,7 @@ def collect_disk_usages(node: wire.NodeMetrics, state: NodeState, cycle: Cycle) 
         hidden = ours and space and mount.fstype != 'btrfs' and device != mount.device_number and device in devices
         if hidden or error in ABSENT or not (said or stuck) or space and not space.f_blocks:
             continue
-        device, mountpoint = (os.fsencode(name).decode(errors='replace')
+        device, mountpoint = (os.fsencode(name).decode(errors='backslashreplace')
                               for name in (device_name(mount, cycle), mount.mountpoint))
         usage = node.disk_usages.add(device=device, mountpoint=mountpoint, fstype=mount.fstype)
         if space:
@@ -4053,9 +4060,14 @@ def close_backlog(backlog: Backlog, sender: threading.Thread, patience_seconds: 
 
 # --- the agent itself
 
-class AgentStats:
-    """What the agent counts from its start on."""
+# By so much resident memory may grow before what is free in it is returned.
+TRIM_BYTES = 8 << 20
 
+
+class AgentStats:
+    """What the agent counts from its start on, and how much memory was left when pages were returned last."""
+
+    trimmed_bytes = 0
     sequence = cycles = skipped_ticks = 0
     in_cycle = False
     collection_seconds: Optional[float] = None
@@ -4069,9 +4081,21 @@ class AgentStats:
         self.calls: Dict[str, wire.CriMethodMetrics] = {}
 
 
+def read_resident_bytes(stats: AgentStats) -> int:
+    """Where a large answer, as of pods with megabytes of annotations, was freed, glibc returns its pages now."""
+    def read() -> int:
+        return parse_statm(read_bytes('/proc/self/statm')) * PAGE_SIZE_BYTES
+
+    if read() > stats.trimmed_bytes + TRIM_BYTES:
+        with contextlib.suppress(AttributeError):
+            libc().malloc_trim(0)
+        stats.trimmed_bytes = read()
+    return read()
+
+
 def collect_agent(message: wire.AgentMetrics, stats: AgentStats, backlog: Optional[Backlog], timestamp_ns: int) -> None:
     """The agent's own processes and counters; always from its own /proc."""
-    now, statm = time.monotonic(), read_bytes('/proc/self/statm')
+    now = time.monotonic()
     if now >= stats.open_files_due:
         # Listing them takes 1 µs each. At random times: not in one cycle with what else is done once a minute.
         stats.open_files = len(os.listdir('/proc/self/fd')) or None
@@ -4079,7 +4103,7 @@ def collect_agent(message: wire.AgentMetrics, stats: AgentStats, backlog: Option
     message.MergeFrom(wire.AgentMetrics(
         run_id=stats.run_id, sequence=stats.sequence, timestamp_ns=timestamp_ns, version=__version__,
         uptime_seconds=now - stats.started, cpu_seconds_total=time.process_time(),
-        resident_bytes=parse_statm(statm) * PAGE_SIZE_BYTES if statm else None,
+        resident_bytes=read_resident_bytes(stats),
         threads=len(os.listdir('/proc/self/task')) or None, open_files=stats.open_files,
         log_lines_left_out_total=log_budget.left_out, cycles_total=stats.cycles,
         skipped_ticks_total=stats.skipped_ticks, collection_seconds=stats.collection_seconds,
@@ -4118,9 +4142,11 @@ def collect_snapshot(roots: Roots, options: Options, state: State, stats: AgentS
         state.runtime = RuntimeState(state.runtime.description)
     stats.sequence += 1
     # Each count is there with 0 before it rises: a counter that begins with 1 has no rate.
-    stats.failures.update(dict.fromkeys((*NODE_SUBJECTS, *RUNTIME_SUBJECTS, *cycle.failures), 0))
+    # `mount /any/path` is counted as a mount: there is no end of paths.
+    subjects = {subject.partition(' /')[0] for subject in cycle.failures}
+    stats.failures.update(dict.fromkeys((*NODE_SUBJECTS, *RUNTIME_SUBJECTS, *subjects), 0))
     collect_agent(metrics.agent_metrics, stats, backlog, timestamp_ns)
-    stats.failures.update(cycle.failures.keys())
+    stats.failures.update(subjects)
     stats.cycles, stats.collection_seconds = stats.cycles + 1, time.monotonic() - cycle.now
     return metrics, cycle.failures
 
