@@ -752,11 +752,13 @@ def count_left_out(pod: wire.PodMetrics, what: str, count: int) -> None:
 SELDOM_SECONDS = 60
 # The share of a cycle that the runtime may take, at most so long; no call is given less than the shortest time-out.
 CRI_SHARE_OF_CYCLE, CRI_LONGEST_SECONDS, CRI_SHORTEST_SECONDS = 0.8, 4, 0.1
+# How long a kind of question waits for what may never answer: a quarter of a cycle, so that no tick is lost.
+LONGEST_PATIENCE_SECONDS, SHORTEST_PATIENCE_SECONDS = 1, 0.2
 
 
 class Cycle:
-    """One cycle: when it began and until when the runtime may answer (monotonic clock), what has failed, by subject,
-    and what the runtime's methods have cost since the agent's start."""
+    """One cycle: when it began and until when the runtime may answer (monotonic clock), how long to wait for what may
+    never answer, what has failed, by subject, and what the runtime's methods have cost since the agent's start."""
 
     failed_reads = 0
 
@@ -765,6 +767,7 @@ class Cycle:
         self.roots = roots
         self.now = time.monotonic() if now is None else now
         self.deadline = time.monotonic() + min(CRI_LONGEST_SECONDS, interval * CRI_SHARE_OF_CYCLE)
+        self.patience = max(SHORTEST_PATIENCE_SECONDS, min(LONGEST_PATIENCE_SECONDS, interval / 4))
         self.calls = calls
         self.failures: Failures = {}
         self.current = ''
@@ -1148,9 +1151,7 @@ def serve():
 
 serve()
 '''
-HELPER_PATIENCE_SECONDS, HELPER_END_SECONDS = 1, 0.2
-# For what there is a last answer of: no tick is lost where there is a cycle each second.
-KERNEL_PATIENCE_SECONDS = 0.25
+HELPER_END_SECONDS = 0.2
 HELPER_ANSWER_BYTES = 1 << 17
 
 
@@ -1192,7 +1193,7 @@ def exchange(helper: Helper, questions: Set[bytes], patience: float) -> Dict[byt
     OSError where the helper is gone."""
     answers, deadline, new = {}, time.monotonic() + patience, questions - helper.waiting
     try:
-        helper.channel.settimeout(HELPER_PATIENCE_SECONDS)
+        helper.channel.settimeout(LONGEST_PATIENCE_SECONDS)
         for question in sorted(new):
             helper.channel.send(question)
             helper.waiting.add(question)
@@ -1207,8 +1208,7 @@ def exchange(helper: Helper, questions: Set[bytes], patience: float) -> Dict[byt
         return answers
 
 
-def ask_helper(helper: Helper, what: bytes, paths: Iterable[str], cycle: Cycle,
-               patience: float = HELPER_PATIENCE_SECONDS) -> Dict[str, bytes]:
+def ask_helper(helper: Helper, what: bytes, paths: Iterable[str], cycle: Cycle) -> Dict[str, bytes]:
     """By path what the helper says of it. What is missing waits: it is left alone until it has answered. A helper that
     was killed is started again at once."""
     questions = {what + os.fsencode(path): path for path in paths}
@@ -1216,7 +1216,7 @@ def ask_helper(helper: Helper, what: bytes, paths: Iterable[str], cycle: Cycle,
         try:
             if helper.channel is None:
                 start_helper(helper)
-            answers = exchange(helper, set(questions), patience)
+            answers = exchange(helper, set(questions), cycle.patience)
             return {path: answers[question] for question, path in questions.items() if question in answers}
         except OSError as error:
             stop_helper(helper)
@@ -1234,7 +1234,7 @@ def answered(path: str, said: bytes, cycle: Cycle) -> Optional[bytes]:
 
 def ask_kernel(state: NodeState, what: bytes, question: str, cycle: Cycle) -> bytes:
     """What the helper says; the last answer stands until there is a new one. Empty where there is none yet."""
-    answers = ask_helper(state.helper, what, [question], cycle, KERNEL_PATIENCE_SECONDS)
+    answers = ask_helper(state.helper, what, [question], cycle)
     if question not in answers:
         cycle.failed(f'{cycle.current}: RTNL', 'the network is locked: it is as the kernel said last')
         answers = state.answers.get(what, {})
@@ -1386,7 +1386,7 @@ def collect_disk_usages(node: wire.NodeMetrics, state: NodeState, cycle: Cycle) 
             usage.read_only = mount.read_only
             fill_disk_usage(usage, space)
             continue
-        reason = f'does not answer within {HELPER_PATIENCE_SECONDS} s: the mount is left alone until it does'
+        reason = f'does not answer within {cycle.patience:g} s: the mount is left alone until it does'
         fill_known(usage, stuck=stuck or None, error=None if stuck else errno.errorcode.get(error, str(error)))
         cycle.failed(f'mount {mountpoint}', f'statvfs {reason if stuck else os.strerror(error)}')
 

@@ -1841,7 +1841,7 @@ class StuckMountTest(Case):
             time.monotonic() - began)
 
     def test_they_are_waited_for_once_and_reported_until_they_are_back(self):
-        self.patch(HELPER_PATIENCE_SECONDS=0.5)
+        self.patch(LONGEST_PATIENCE_SECONDS=0.5)
         known = ['total', 'used', 'free', 'used_percent', 'inodes', 'read_only']
         expected = {'good': known, 'nfs': ['stuck'], 'bad': ['error'], 'smb': ['stuck']}
         failed = {f'mount /{name}' for name in ('nfs', 'bad', 'smb')}
