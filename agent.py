@@ -1153,6 +1153,8 @@ serve()
 '''
 HELPER_END_SECONDS = 0.2
 HELPER_ANSWER_BYTES = 1 << 17
+# A question has 64 KiB, a path in sysfs at most 100 bytes.
+READ_AT_ONCE = 500
 
 
 class Helper:
@@ -1232,14 +1234,20 @@ def answered(path: str, said: bytes, cycle: Cycle) -> Optional[bytes]:
     return None if error in ABSENT or error == errno.EINVAL else cycle.failed_file(path, os.strerror(error))
 
 
-def ask_kernel(state: NodeState, what: bytes, question: str, cycle: Cycle) -> bytes:
+def ask_kernel(state: NodeState, what: bytes, questions: List[str], cycle: Cycle) -> Dict[str, bytes]:
     """What the helper says; the last answer stands until there is a new one. Empty where there is none yet."""
-    answers = ask_helper(state.helper, what, [question], cycle)
-    if question not in answers:
+    answers, last = ask_helper(state.helper, what, questions, cycle), state.answers.get(what, {})
+    if len(answers) < len(questions):
         cycle.failed(f'{cycle.current}: RTNL', 'the network is locked: it is as the kernel said last')
-        answers = state.answers.get(what, {})
-    state.answers[what] = answers
-    return answers.get(question, b'')
+    state.answers[what] = {question: answers.get(question) or last.get(question, b'') for question in questions}
+    return state.answers[what]
+
+
+def read_locked(state: NodeState, paths: Sequence[str], cycle: Cycle) -> Dict[str, bytes]:
+    """By path what the helper says of many files, READ_AT_ONCE a question."""
+    questions = ['\n'.join(paths[start:start + READ_AT_ONCE]) for start in range(0, len(paths), READ_AT_ONCE)]
+    return {path: said for question, answer in ask_kernel(state, READ_ALL, questions, cycle).items()
+            for path, said in zip(question.split('\n'), answer.split(b'\0'))}
 
 
 # --- processes
@@ -1545,7 +1553,7 @@ def collect_network(node: wire.NodeMetrics, state: NodeState, cycle: Cycle) -> N
     counters = cycle.read(net_path('dev', cycle), parse_net_dev) or {}
     locked = [cycle.path(f'/sys/class/net/{name}/{file}') for name in counters if not POD_SIDE_INTERFACE.match(name)
               for file in LOCKED_FILES]
-    said = dict(zip(locked, ask_kernel(state, READ_ALL, '\n'.join(locked), cycle).split(b'\0'))) if locked else {}
+    said = read_locked(state, locked, cycle)
     for name in state.links.keys() - counters.keys():
         del state.links[name]
     for name, columns in counters.items():
@@ -1618,7 +1626,7 @@ def ask_addresses(state: NodeState, cycle: Cycle) -> bytes:
         return b''
     header = NLMSGHDR.pack(NLMSGHDR.size + IFADDRMSG.size, RTM_GETADDR, NLM_F_REQUEST | NLM_F_DUMP, 1, 0)
     request = (header + IFADDRMSG.pack(socket.AF_UNSPEC, 0, 0, 0, 0)).hex()
-    packed = answered('rtnetlink', ask_kernel(state, NETLINK, request, cycle), cycle)
+    packed = answered('rtnetlink', ask_kernel(state, NETLINK, [request], cycle)[request], cycle)
     return zlib.decompress(packed) if packed else b''
 
 
@@ -2339,7 +2347,7 @@ class NodeState:
         self.cpu_times: Dict[str, CpuTimes] = {}
         self.cpu_infos: Dict[int, wire.CpuInfo] = {}
         self.links: Dict[str, Link] = {}
-        # What the helper has answered last.
+        # By kind of question what the helper has answered last.
         self.answers: Dict[bytes, Dict[str, bytes]] = {}
         self.services: Dict[str, Tuple[Group, wire.ServiceMetrics]] = {}
 
@@ -2376,7 +2384,8 @@ CRI_SOCKETS = [
     '/run/dockershim.sock',
 ]
 CRI_CHANNEL_OPTIONS = (
-    ('grpc.max_receive_message_length', 64 << 20),
+    # Twice what the kubelet takes. Three copies of it in memory are less than the DaemonSet's limit.
+    ('grpc.max_receive_message_length', 32 << 20),
     # The default authority is the percent-encoded socket path, which strict servers reject.
     ('grpc.default_authority', 'localhost'),
     ('grpc.enable_http_proxy', 0),
