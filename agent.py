@@ -1152,18 +1152,22 @@ def serve():
 serve()
 '''
 HELPER_END_SECONDS = 0.2
+# A question that waits costs a thread. Beyond so many only what has been answered before is asked, of which so much is
+# remembered.
+MAX_WAITING, MAX_ANSWERED = 64, 4096
 HELPER_ANSWER_BYTES = 1 << 17
 # A question has 64 KiB, a path in sysfs at most 100 bytes.
 READ_AT_ONCE = 500
 
 
 class Helper:
-    """The process, while it is there, and the questions that it has not answered."""
+    """The process, while it is there, the questions that it has not answered, and those that it has."""
 
     channel: Optional[socket.socket] = None
 
     def __init__(self) -> None:
         self.waiting: Set[bytes] = set()
+        self.answered: Set[bytes] = set()
 
     def __del__(self) -> None:
         stop_helper(self)
@@ -1194,17 +1198,21 @@ def exchange(helper: Helper, questions: Set[bytes], patience: float) -> Dict[byt
     """Ask what is not asked already; the answers that come in time, late ones of earlier questions among them.
     OSError where the helper is gone."""
     answers, deadline, new = {}, time.monotonic() + patience, questions - helper.waiting
+    unasked = sorted(new, key=lambda question: (question in helper.answered, question))
     try:
-        helper.channel.settimeout(LONGEST_PATIENCE_SECONDS)
-        for question in sorted(new):
-            helper.channel.send(question)
-            helper.waiting.add(question)
         while True:
+            helper.channel.settimeout(LONGEST_PATIENCE_SECONDS)
+            while unasked and (unasked[-1] in helper.answered or len(helper.waiting) < MAX_WAITING):
+                helper.channel.send(unasked[-1])
+                helper.waiting.add(unasked.pop())
             helper.channel.settimeout(max(0.0, deadline - time.monotonic()) if new & helper.waiting else 0)
             question, _, said = helper.channel.recv(HELPER_ANSWER_BYTES).partition(b'\0')
             if not question:
                 raise ConnectionResetError(errno.ECONNRESET, 'the helper has ended')
             helper.waiting.discard(question)
+            if len(helper.answered) >= MAX_ANSWERED:
+                helper.answered.clear()
+            helper.answered.add(question)
             answers[question] = said
     except (BlockingIOError, socket.timeout):
         return answers
@@ -1219,6 +1227,8 @@ def ask_helper(helper: Helper, what: bytes, paths: Iterable[str], cycle: Cycle) 
             if helper.channel is None:
                 start_helper(helper)
             answers = exchange(helper, set(questions), cycle.patience)
+            if questions.keys() - helper.waiting - answers.keys():
+                cycle.failed(f'{cycle.current}: helper', f'{MAX_WAITING} questions wait: others are not asked')
             return {path: answers[question] for question, path in questions.items() if question in answers}
         except OSError as error:
             stop_helper(helper)
@@ -3671,8 +3681,10 @@ class RelayError(Exception):
 
 
 def read_relay_file(flag: str, path: Optional[str]) -> Optional[bytes]:
-    """None without a path. RelayError."""
+    """None without a path. RelayError. Whoever opens a pipe may wait for ever."""
     try:
+        if path and not stat.S_ISREG(os.stat(path).st_mode):
+            raise RelayError(f'{flag} {path}: is not a file')
         with open(path, 'rb') if path else contextlib.nullcontext() as file:
             return file and file.read()
     except OSError as error:

@@ -1871,6 +1871,18 @@ class StuckMountTest(Case):
 
 
 class HelperTest(Case):
+    def test_so_many_questions_wait_and_what_was_answered_before_is_asked_all_the_same(self):
+        """Each that waits costs a thread: here twice as many as may, of pipes that nobody opens for writing."""
+        hung, fine = [f'{self.directory}/{number:03}' for number in range(2 * agent.MAX_WAITING)], ['/proc/version']
+        for path in hung:
+            os.mkfifo(path)
+        helper, cycle = agent.Helper(), agent.Cycle(LIVE, 1, {})
+        for paths, answered in ((fine, fine), (hung, []), (hung + fine, fine), (hung + ['/proc/uptime'], [])):
+            self.assertEqual(answered, [*agent.ask_helper(helper, agent.READ, paths, cycle)])
+        self.assertEqual(agent.MAX_WAITING, len(helper.waiting))
+        self.assertRegex(cycle.failures[': helper'], 'questions wait')
+        self.assertLess(len(os.listdir(f'/proc/{helper.process.pid}/task')), agent.MAX_WAITING + 4)
+
     def test_one_that_was_killed_is_started_again_at_once_and_it_ends_with_its_owner(self):
         state, roots = agent.NodeState(1), self.write(NODE)
         first, _ = collected_node(roots, state)
@@ -8873,7 +8885,7 @@ class TenantGroupsTest(TenantCase):
         self.look()
 
     def test_units_that_others_have_forged_are_not_shown(self):
-        """Not tried on 1.0.0. A group given to a user below system.slice; below a user's; below a container's own."""
+        """A group given to a user below system.slice; below a user's; below a container's own."""
         genuine, delegated = f'kubensage-{uuid.uuid4()}.slice', f'system.slice/kubensage-{uuid.uuid4()}.slice'
         make_groups(self, f'{genuine}/kubelet.service')
         make_groups(self, delegated, NOBODY)
@@ -8922,7 +8934,7 @@ class TenantNetworkTest(TenantCase):
         return max(lengths)
 
     def test_names_of_interfaces_that_change_all_the_time_leave_nothing_behind(self):
-        """Not tried on 1.0.0. Hundreds of new names in each cycle."""
+        """Hundreds of new names in each cycle."""
         self.make_victims()
         attacker = self.make_pod()
         self.start_agent()
@@ -9052,7 +9064,7 @@ class TenantRequestsTest(Case):
         self.assertIn(b' 200 ', self.send(b'GET /healthz HTTP/1.0\r\n\r\n'))
 
     def test_odd_requests_get_one_answer_or_none_and_do_no_harm(self):
-        """Not tried on 1.0.0. Nor does any of it get into the log as it is."""
+        """Nor does any of it get into the log as it is."""
         log, told = logging.getLogger('kubensage-agent'), io.StringIO()
         for add, remove, what in ((log.addHandler, log.removeHandler, logging.StreamHandler(told)),
                                   (log.addFilter, log.removeFilter, agent.LogBudget())):
@@ -9524,7 +9536,7 @@ class TenantLogTest(Case):
 
 @needs_root
 class TenantPathsTest(Case):
-    """Not tried on 1.0.0. Root runs the agent with a path in a directory where others were first."""
+    """Root runs the agent with a path in a directory where others were first."""
 
     def setUp(self):
         super().setUp()
@@ -9598,11 +9610,12 @@ class TenantPathsTest(Case):
                 process.terminate()
                 run = process.result()
                 self.assertEqual((0, False), (run.code, 'Traceback' in run.err), run.err)
+                self.assertIn(f'{fifo}: is not a file', run.err)
 
 
 @needs_root
 class TenantEnvironmentTest(Case):
-    """Not tried on 1.0.0. Root runs the agent by a sudo that keeps the environment of user 65534 (env_keep, -E)."""
+    """Root runs the agent by a sudo that keeps the environment of user 65534 (env_keep, -E)."""
 
     def setUp(self):
         super().setUp()
