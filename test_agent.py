@@ -9385,7 +9385,7 @@ class FateTest(KernelCase):
 
 
 class TenantNamesTest(TenantCase):
-    """E, and what was not tried on 1.0.0: names that a tenant chooses, wherever they are shown."""
+    """Names that a tenant chooses, wherever they are shown."""
 
     def test_no_name_is_a_control_code_wherever_it_is_shown(self):
         """Of what the kernel lets through: an interface of a pod, a process, a mount point."""
