@@ -1597,6 +1597,7 @@ IFADDRMSG = struct.Struct('=BBBBI')   # family, prefix length, flags, scope, int
 RTATTR = struct.Struct('=HH')         # length, type
 # uapi/linux/route.h
 RTF_UP, RTF_REJECT = 0x1, 0x200
+ADDRESSES_SECONDS = 15
 # RFC 5737, for documentation: what is sent there takes the default route. RFC 863.
 FAR_AWAY, DISCARD_PORT = '192.0.2.1', 9
 
@@ -1699,8 +1700,12 @@ def primary_address(addresses: Iterable[Address], routes: Iterable[Route], index
 
 
 def collect_addresses(node: wire.NodeMetrics, state: NodeState, cycle: Cycle) -> None:
-    """The addresses of the interfaces that the message has already."""
-    addresses = parse_addresses(ask_addresses(state, cycle))
+    """The addresses of the interfaces that the message has already. Asked again when an interface has come or gone,
+    and now and then."""
+    names, addresses = [interface.name for interface in node.network_interfaces], state.addresses
+    if names != state.addressed or cycle.now >= state.addresses_due:
+        addresses = state.addresses = parse_addresses(ask_addresses(state, cycle))
+        state.addressed, state.addresses_due = names, cycle.now + ADDRESSES_SECONDS if addresses else 0.0
     interfaces = {interface.index: interface for interface in node.network_interfaces if interface.HasField('index')}
     for address in addresses:
         if address.index in interfaces:
@@ -2344,10 +2349,13 @@ def collect_services(node: wire.NodeMetrics, state: NodeState, cycle: Cycle) -> 
 # --- node
 
 class NodeState:
-    """What the node's subjects keep from cycle to cycle, how many processes are named, and when to look for services
-    again (monotonic clock)."""
+    """What the node's subjects keep from cycle to cycle, how many processes are named, and when to look for services and
+    addresses again (monotonic clock)."""
 
-    services_due = 0.0
+    services_due = addresses_due = 0.0
+    # Of which interfaces the addresses were asked for.
+    addressed: Sequence[str] = ()
+    addresses: List[Address] = []
 
     def __init__(self, top_n: int):
         self.top_n = top_n

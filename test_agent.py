@@ -2188,6 +2188,15 @@ class AddressesTest(Case):
         self.check_table(lambda preferred: agent.primary_address(addresses, [Route(*two)], indexes, INET, preferred), [
             ('192.0.2.9', '192.0.2.9'), ('198.51.100.1', '192.0.2.1')])
 
+    def test_they_are_asked_for_when_an_interface_has_come_and_now_and_then(self):
+        state, asked, told = agent.NodeState(1), [], []
+        self.patch(ask_addresses=lambda state, cycle: asked.append(cycle.now) or ADDRESSES)
+        for now, names in (1, 'a'), (5, 'a'), (6, 'ab'), (20, 'ab'), (21, 'ab'):
+            node = wire.NodeMetrics(network_interfaces=[dict(name=name, index=1) for name in names])
+            agent.collect_addresses(node, state, agent.Cycle(LIVE, 5, {}, now))
+            told.append(len(node.network_interfaces[-1].addrs))
+        self.assertEqual(([1, 6, 21], [2] * 5), (asked, told))
+
     def test_another_machines_tree_has_no_addresses(self):
         self.assertEqual(b'', agent.ask_addresses(agent.NodeState(1), agent.Cycle(self.tree(NODE), 5, {})))
 
