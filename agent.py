@@ -13,7 +13,7 @@ cycle writes into it what has changed. A second thread delivers; a snapshot is f
 the relay has acknowledged it.
 
     what we read                      what we take                          documented in
-    /proc/stat                        CPU time, boot time, activity         proc_stat(5)
+    /proc/stat, schedstat             CPU time, boot time, activity         proc_stat(5), scheduler/sched-stats.rst
     /proc/cpuinfo, sysfs cpu/         models, topology, frequency           admin-guide/cputopology.rst
     /proc/loadavg                     load, threads                         proc_loadavg(5)
     /proc/meminfo, vmstat             memory, paging, OOM kills             filesystems/proc.rst, 1.2
@@ -25,9 +25,12 @@ the relay has acknowledged it.
     /proc/net/route, ipv6_route       the interface of the default route    networking/proc_net
     /proc/net/snmp, snmp6, netstat,   protocols, sockets, softirq backlog   networking/snmp_counter.rst
       sockstat*, softnet_stat
+    /proc/net/tcp*, udp*, arp,        sockets by state, queues, neighbours  networking/proc_net_tcp.rst, proc_net(5)
+      rpc/nfs                         calls of the NFS client               nfsstat(8)
+    /sys/class, block, devices/system sensors, thermal, power, RAID, bonds  hwmon/sysfs-interface.rst, ABI/
     rtnetlink RTM_GETADDR             addresses                             rtnetlink(7)
     /proc/uptime, /proc/sys           uptime, host name, kernel, limits     admin-guide/sysctl/
-    adjtimex(2)                       whether the clock is synchronised     adjtimex(2)
+    adjtimex(2)                       the clock and its errors              adjtimex(2)
     /etc/os-release, *-release, ...   distribution                          os-release(5)
     DMI product_uuid, machine-id      identity of the host                  machine-id(5)
     /sys/fs/cgroup                    containers, pods, services            admin-guide/cgroup-v2.rst, cgroup-v1/
@@ -52,6 +55,7 @@ import faulthandler
 import fcntl
 import functools
 import gc
+import glob
 import heapq
 import importlib.machinery
 import importlib.util
@@ -61,6 +65,7 @@ import json
 import logging
 import logging.handlers
 import math
+import operator
 import os
 import queue
 import random
@@ -771,6 +776,7 @@ class Cycle:
         self.calls = calls
         self.failures: Failures = {}
         self.current = ''
+        self.subject_seconds: Dict[str, float] = {}
 
     def path(self, path: str) -> str:
         """Where a file of the node is for the agent."""
@@ -900,6 +906,12 @@ def parse_cpuinfo(text: str) -> Dict[int, Dict[str, str]]:
     return parse_lines(text, parse_line, lambda rows: infos)
 
 
+def parse_schedstat(text: str) -> Dict[int, Counts]:
+    """/proc/schedstat: of the lines `cpuN ...` the last three of nine numbers, in ns and slices."""
+    lines = re.findall(r'^cpu(\d+)(?: \d+){6} (\d+) (\d+) (\d+)$', text, re.MULTILINE)
+    return {int(cpu): dict(zip(('run_ns', 'wait_ns', 'timeslices'), map(int, numbers))) for cpu, *numbers in lines}
+
+
 def cpu_percent(previous: CpuTimes, times: CpuTimes, cpus: int = 1) -> Optional[float]:
     """Percent of the time between two samples of so many CPUs that was neither idle nor iowait; None if no time has
     passed, or a counter has begun anew or jumped.
@@ -983,9 +995,11 @@ def collect_cpu(node: wire.NodeMetrics, state: NodeState, cycle: Cycle) -> None:
         failed_before = cycle.failed_reads
         infos = collect_cpu_infos(online, cycle)
         state.cpu_infos = infos if cycle.failed_reads == failed_before else {}
+    schedstat = cycle.read('/proc/schedstat', parse_schedstat) or {}
     for number, info in infos.items():
         message = node.cpu_infos.add()
         message.CopyFrom(info)
+        fill_known(message, **schedstat.get(number, {}))
         fill_cpu_seconds(message.seconds, times[f'cpu{number}'])
         fill_known(message, usage=percent.get(f'cpu{number}'))
 
@@ -994,6 +1008,8 @@ def collect_cpu(node: wire.NodeMetrics, state: NodeState, cycle: Cycle) -> None:
 
 # Below /proc/sys, by the field of KernelLimits.
 SYSCTLS = {'threads_max': 'kernel/threads-max', 'pid_max': 'kernel/pid_max',
+           'entropy_avail': 'kernel/random/entropy_avail', 'poolsize': 'kernel/random/poolsize',
+           'hung_task_detect_count': 'kernel/hung_task_detect_count',
            'nf_conntrack_count': 'net/netfilter/nf_conntrack_count',
            'nf_conntrack_max': 'net/netfilter/nf_conntrack_max'}
 
@@ -1123,7 +1139,7 @@ def dump(request):
 def answer(question):
     path = question[1:]
     if question[:1] == b'a':
-        return b'\\0'.join(answer(b'r' + line) for line in path.split(b'\\n'))
+        return b'\\0'.join(answer(b'r' + line).replace(b'\\0', b'') for line in path.split(b'\\n'))
     try:
         if question[:1] == b'n':
             return b'=' + zlib.compress(dump(bytes.fromhex(path.decode())), 1)
@@ -1246,18 +1262,19 @@ def answered(path: str, said: bytes, cycle: Cycle) -> Optional[bytes]:
 
 def ask_kernel(state: NodeState, what: bytes, questions: List[str], cycle: Cycle) -> Dict[str, bytes]:
     """What the helper says; the last answer stands until there is a new one. Empty where there is none yet."""
-    answers, last = ask_helper(state.helper, what, questions, cycle), state.answers.get(what, {})
+    answers, last = ask_helper(state.helper, what, questions, cycle), state.answers.get(cycle.current, {})
     if len(answers) < len(questions):
-        cycle.failed(f'{cycle.current}: RTNL', 'the network is locked: it is as the kernel said last')
-    state.answers[what] = {question: answers.get(question) or last.get(question, b'') for question in questions}
-    return state.answers[what]
+        cycle.failed(f'{cycle.current}: kernel', 'does not answer in time: it is as it was last')
+    said = {question: answers.get(question) or last.get(question, b'') for question in questions}
+    state.answers[cycle.current] = said
+    return said
 
 
 def read_locked(state: NodeState, paths: Sequence[str], cycle: Cycle) -> Dict[str, bytes]:
     """By path what the helper says of many files, READ_AT_ONCE a question."""
     questions = ['\n'.join(paths[start:start + READ_AT_ONCE]) for start in range(0, len(paths), READ_AT_ONCE)]
     return {path: said for question, answer in ask_kernel(state, READ_ALL, questions, cycle).items()
-            for path, said in zip(question.split('\n'), answer.split(b'\0'))}
+            if answer for path, said in zip(question.split('\n'), answer.split(b'\0'))}
 
 
 # --- processes
@@ -1376,6 +1393,7 @@ def fill_disk_usage(message: wire.DiskUsage, space: os.statvfs_result) -> None:
     """f_bavail is what unprivileged users may still use, so that used / (used + free) is the Use% of df(1)."""
     used, free = max(0, space.f_blocks - space.f_bfree) * space.f_frsize, space.f_bavail * space.f_frsize
     fill_known(message, total=space.f_blocks * space.f_frsize, used=used, free=free,
+               bytes_free=space.f_bfree * space.f_frsize,
                used_percent=100 * used / (used + free) if used + free > 0 else None,
                inodes=space.f_files or None, inodes_free=space.f_favail if space.f_files else None)
 
@@ -1420,7 +1438,7 @@ VIRTUAL_DISK = re.compile(r'(dm-|md|drbd|bcache|zd)[\d_]')
 NVME_PATH = re.compile(r'(nvme\d+)c\d+(n\d+)')
 MEMORY_DISK = re.compile(r'(loop|ram|zram|sr|fd)\d')
 # The fields of the proto are the columns of the file. Linux before 4.18 has the first 11 after the name.
-DISK_COLUMNS = field_names(wire.DiskStats)[1:]
+DISK_COLUMNS = field_names(wire.DiskStats)[1:-1]
 OLDEST_DISK_COLUMNS = 11
 # The fields of DiskIOSummary: the column that is summed, and the size of its unit.
 DISK_SUMS = (('total_read_bytes', 'read_sectors', SECTOR_BYTES), ('total_write_bytes', 'write_sectors', SECTOR_BYTES),
@@ -1433,11 +1451,11 @@ def parse_diskstats(text: str) -> Dict[str, Counts]:
     254       0 vda 30704 9268 1839362 7362 6409 11563 789624 3402 0 4712 11026 3512 47 76304 219 961 41
     """
     def parse_line(line: str) -> Tuple[str, Counts]:
-        _, _, name, rest = line.split(None, 3)
+        major, minor, name, rest = line.split(None, 3)
         columns = parse_numbers(rest)
         if len(columns) < OLDEST_DISK_COLUMNS:
             raise ValueError
-        return name, dict(zip(DISK_COLUMNS, columns))
+        return name, {**dict(zip(DISK_COLUMNS, columns)), 'device_number': f'{major}:{minor}'}
 
     return parse_lines(text, parse_line, dict)
 
@@ -1450,7 +1468,7 @@ def counted_twice(disks: Mapping[str, Counts], cycle: Cycle) -> Set[str]:
     for name in disks:
         head = NVME_PATH.sub(r'\1\2', name)
         if head != name and cycle.read_int(f'/sys/block/{name}/hidden'):
-            stacked.add(name if any(disks.get(head, {}).values()) else head)
+            stacked.add(name if disks.get(head, {}).get('read_ios') or disks.get(head, {}).get('write_ios') else head)
     return stacked
 
 
@@ -1461,8 +1479,8 @@ def collect_disk_io(node: wire.NodeMetrics, state: NodeState, cycle: Cycle) -> N
     disks = {name: columns for name, columns in disks.items() if name in whole}
     for name, columns in disks.items():
         message = node.diskstats.add()
-        fill(message, columns)
-        message.device = name
+        fill(message, {column: columns.get(column) for column in DISK_COLUMNS})
+        message.device, message.device_number = name, columns['device_number']
     stacked = counted_twice(disks, cycle)
     physical = [columns for name, columns in disks.items() if name not in stacked]
     for field, column, factor in DISK_SUMS if physical else ():
@@ -1576,7 +1594,8 @@ def collect_network(node: wire.NodeMetrics, state: NodeState, cycle: Cycle) -> N
         collect_link(interface, cycle)
         carrier, speed = (answered_int(path, said.get(path, b''), cycle) for path in (
             cycle.path(f'/sys/class/net/{name}/{file}') for file in LOCKED_FILES))
-        fill_known(interface, operstate=cycle.read_line(f'/sys/class/net/{name}/operstate'),
+        fill_known(interface, rx_nohandler=cycle.read_int(f'/sys/class/net/{name}/statistics/rx_nohandler'),
+                   operstate=cycle.read_line(f'/sys/class/net/{name}/operstate'),
                    carrier=None if carrier is None else bool(carrier),
                    speed_mbits=None if speed in UNKNOWN_SPEEDS else speed)
         fill(interface.counters, columns)
@@ -1720,6 +1739,57 @@ def collect_addresses(node: wire.NodeMetrics, state: NodeState, cycle: Cycle) ->
             field.value = address
 
 
+# --- hardware
+
+# Below /sys, by the documents of sysfs: hwmon/sysfs-interface.rst, ABI/*/sysfs-class-thermal, sysfs-class-power,
+# sysfs-devices-edac, sysfs-devices-system-cpu, admin-guide/md.rst, networking/bonding.rst. Each directory is a device.
+DEVICE_FILES = (
+    'class/hwmon/hwmon*/name', *(f'class/hwmon/hwmon*/{kind}[0-9]*_{what}' for kind in (
+        'temp', 'fan', 'in', 'curr', 'power', 'energy', 'humidity') for what in (
+        'input', 'average', 'label', 'min', 'max', 'crit', 'crit_hyst', 'alarm', 'crit_alarm')),
+    'class/thermal/thermal_zone*/type', 'class/thermal/thermal_zone*/temp', 'class/thermal/cooling_device*/type',
+    'class/thermal/cooling_device*/*_state', 'class/power_supply/*/type', 'class/power_supply/*/online',
+    'class/power_supply/*/capacity', 'class/power_supply/*/*_now',
+    'devices/system/edac/mc/mc*/[cu]e_*count', 'devices/system/edac/mc/mc*/csrow*/[cu]e_count',
+    'block/md*/md/raid_disks', 'block/md*/md/array_state', 'block/md*/md/dev-*/state',
+    'class/net/*/bonding/slaves', 'class/net/*/lower_*/bonding_slave/mii_status',
+    'class/dmi/id/*_date', 'class/dmi/id/*_name', 'class/dmi/id/*_vendor', 'class/dmi/id/*_version',
+    'class/dmi/id/*_family', 'devices/system/cpu/cpu*/thermal_throttle/*_throttle_count',
+    'devices/system/cpu/cpu*/cpufreq/scaling_*_freq', 'devices/system/cpu/cpu*/cpufreq/cpuinfo_m??_freq')
+# What is read in each cycle; the rest, once a minute.
+VARYING_FILE = re.compile(r'.*(_input|_average|_alarm|/temp|/cur_state|/online|/capacity|_now|_count|_cur_freq|/state'
+                          r'|array_state|mii_status)')
+# What is a text also where it has digits alone: a label, and what a manufacturer writes.
+TEXT_FILE = re.compile(r'.*(_label|/dmi/id/\w+)')
+# Those of 250 CPUs, and some.
+MAX_DEVICE_FILES = 2000
+
+
+def collect_hardware(node: wire.NodeMetrics, state: NodeState, cycle: Cycle) -> None:
+    """Some sensors take long to answer, and some fail for ever: a file that does is absent."""
+    everything = cycle.now >= state.hardware_due
+    if everything:
+        state.hardware_due = cycle.now + SELDOM_SECONDS
+        paths = itertools.chain(*(sorted(glob.glob(cycle.path(f'/sys/{pattern}'))) for pattern in DEVICE_FILES))
+        state.hardware = {path: state.hardware.get(path, b'') for path in itertools.islice(paths, MAX_DEVICE_FILES)}
+    asked = [path for path in state.hardware if everything or VARYING_FILE.fullmatch(path)]
+    state.hardware.update(read_locked(state, asked, cycle))
+    if everything:
+        links = [f'{os.path.dirname(path)}/device' for path in asked if path.endswith('/name') and '/hwmon/' in path]
+        state.hardware.update((link, b'=' + os.fsencode('/'.join(os.path.realpath(link).split('/')[-2:])))
+                              for link in links if os.path.lexists(link))
+    devices: Dict[str, wire.SysfsDevice] = {}
+    for path, said in state.hardware.items():
+        directory, file = os.path.split(path[len(cycle.roots.sysfs) + 1:])
+        text = said[1:].decode(errors='replace').strip()[:MAX_TEXT]
+        if said[:1] == b'=' and text:
+            device = devices.get(directory) or devices.setdefault(directory, node.devices.add(path=directory))
+            if re.fullmatch(r'-?[0-9]{1,18}', text) and not TEXT_FILE.fullmatch(path):
+                device.numbers[file] = int(text)
+            else:
+                device.texts[file] = text
+
+
 # --- network protocols
 
 # Of netstat's 150 names, those of TcpExt and IpExt that tell of trouble or of load.
@@ -1765,18 +1835,79 @@ def parse_sockstat(text: str) -> Counts:
     return parse_lines(text, parse_line, lambda rows: values)
 
 
-def parse_softnet_stat(text: str) -> Counts:
-    """/proc/net/softnet_stat: a line per CPU, hexadecimal; the sums of its first columns."""
-    names = field_names(wire.SoftnetStat)
-    rows = [[int(word, 16) for word in line.split()] for line in text.split('\n') if line.strip()]
-    if any(len(row) < len(names) for row in rows):
-        raise ValueError(f'malformed line of fewer than {len(names)} columns')
-    return dict(zip(names, map(sum, zip(*rows))))
+# The columns of softnet_stat; - for those that are always 0 or that nobody asks for. Old kernels have the first ones.
+SOFTNET_COLUMNS = ('processed dropped time_squeeze - - - - - - received_rps flow_limit_count backlog_len cpu').split()
 
 
+def parse_softnet_stat(text: str) -> List[Counts]:
+    """/proc/net/softnet_stat: a line per CPU, hexadecimal."""
+    def parse_line(line: str) -> Counts:
+        numbers = [int(word, 16) for word in line.split()]
+        if len(numbers) < 3:
+            raise ValueError
+        return dict(zip(SOFTNET_COLUMNS, numbers))
+
+    # Before Linux 5.10 the lines are those of the online CPUs, in order.
+    return parse_lines(text, parse_line, lambda rows: [{'cpu': cpu, **row} for cpu, row in enumerate(rows)])
+
+
+def parse_arp(text: str) -> Counts:
+    """/proc/net/arp, below a heading: entries by interface, which is the last word."""
+    return parse_lines(text.partition('\n')[2], lambda line: line.split()[5], collections.Counter)
+
+
+# include/net/tcp_states.h, from 1 on, as node_exporter calls them.
+TCP_STATES = ('established syn_sent syn_recv fin_wait1 fin_wait2 time_wait close close_wait last_ack listen closing '
+              'new_syn_recv').split()
+
+
+def parse_tcp(text: str) -> Counts:
+    """/proc/net/tcp and tcp6, below a heading: sockets by state, the fourth word, in hexadecimal."""
+    return parse_lines(text.partition('\n')[2], lambda line: TCP_STATES[int(line.split(None, 4)[3], 16) - 1],
+                       collections.Counter)
+
+
+def parse_udp(text: str) -> Counts:
+    """/proc/net/udp and udp6, below a heading: the sums of `tx_queue:rx_queue`, the fifth word, in hexadecimal."""
+    def parse_line(line: str) -> List[int]:
+        sent, received = line.split(None, 5)[4].split(':')
+        return [int(sent, 16), int(received, 16)]
+
+    return parse_lines(text.partition('\n')[2], parse_line,
+                       lambda rows: dict(zip(('tx', 'rx'), map(sum, zip([0, 0], *rows)))))
+
+
+def parse_nfs(text: str) -> Counts:
+    """/proc/net/rpc/nfs: the lines `net` and `rpc`."""
+    names = {'net': ('net_packets', 'net_udp', 'net_tcp', 'net_connections'),
+             'rpc': ('rpc_calls', 'rpc_retrans', 'rpc_authrefrsh')}
+    values: Counts = {}
+
+    def parse_line(line: str) -> None:
+        kind, *numbers = line.split()
+        values.update(dict(zip(names.get(kind, ()), map(parse_number, numbers))))
+
+    return parse_lines(text, parse_line, lambda rows: values)
+
+
+SOCKETS_BYTES = 1 << 20
 # By the map of NodeMetrics that has the name of the file, what parses it.
 PROTOCOL_FILES = {'snmp': parse_snmp, 'snmp6': parse_flat_keyed, 'netstat': parse_snmp, 'sockstat': parse_sockstat,
                   'sockstat6': parse_sockstat}
+
+
+def collect_sockets(node: wire.NodeMetrics, cycle: Cycle) -> None:
+    """The kernel goes through a table of all sockets for it: seldom."""
+    read = functools.partial(read_bytes, limit=SOCKETS_BYTES)
+    states: Counts = collections.Counter()
+    node.ClearField('tcp_states')
+    node.ClearField('udp_queues')
+    for suffix, version in (('', 'v4'), ('6', 'v6')):
+        tcp, udp = (cycle.read(net_path(file + suffix, cycle), lambda data, parse=parse: parse(data.decode()), read)
+                    for file, parse in (('tcp', parse_tcp), ('udp', parse_udp)))
+        states.update(tcp or {})
+        fill_map(node.udp_queues, {f'{queue}_{version}': size for queue, size in (udp or {}).items()})
+    fill_map(node.tcp_states, states)
 
 
 def collect_protocols(node: wire.NodeMetrics, state: NodeState, cycle: Cycle) -> None:
@@ -1787,13 +1918,23 @@ def collect_protocols(node: wire.NodeMetrics, state: NodeState, cycle: Cycle) ->
             values = {name.replace('6', '6_', 1): value for name, value in values.items()}
         fill_map(getattr(node, file), {name: value for name, value in values.items()
                                        if file != 'netstat' or NETSTAT.fullmatch(name)})
-    fill_known(node.softnet_stat, **cycle.read(net_path('softnet_stat', cycle), parse_softnet_stat) or {})
+    fill_list(node.softnet_stat, cycle.read(net_path('softnet_stat', cycle), parse_softnet_stat) or (), fill)
+    fill_map(node.arp_entries, cycle.read(net_path('arp', cycle), parse_arp) or {})
+    fill_map(node.nfs, cycle.read(net_path('rpc/nfs', cycle), parse_nfs) or {})
+    if cycle.now >= state.sockets_due:
+        state.sockets_due = cycle.now + LIMITS_SECONDS
+        collect_sockets(state.identity, cycle)
+        for field in ('tcp_states', 'udp_queues'):
+            getattr(node, field).clear()
+            getattr(node, field).update(getattr(state.identity, field))
 
 
 # --- clock
 
-# uapi/linux/timex.h: struct timex up to its status, on the 64-bit architectures; the whole of it has 208 bytes.
-TIMEX = struct.Struct('@Ixxxxqqqqi')
+# uapi/linux/timex.h: struct timex on the 64-bit architectures; the whole of it has 208 bytes.
+TIMEX = struct.Struct('@Iqqqqiqqqqqqqqiqqqqqi')
+TIMEX_NAMES = ('modes offset freq maxerror esterror status constant precision tolerance seconds useconds tick ppsfreq '
+               'jitter shift stabil jitcnt calcnt errcnt stbcnt tai').split()
 TIMEX_BYTES = 208
 STA_UNSYNC, STA_NANO = 0x0040, 0x2000
 
@@ -1815,19 +1956,19 @@ def read_timex() -> Optional[bytes]:
 
 def parse_timex(timex: bytes) -> Dict[str, float]:
     """The offset is in ns where the status says so, else in µs; the error in µs."""
-    _, offset, _, max_error_usec, _, status = TIMEX.unpack_from(timex)
-    return {'synchronized': not status & STA_UNSYNC, 'offset_seconds': offset / (1e9 if status & STA_NANO else 1e6),
-            'max_error_seconds': max_error_usec / 1e6}
+    said = dict(zip(TIMEX_NAMES, TIMEX.unpack_from(timex)))
+    return {**said, 'synchronized': not said['status'] & STA_UNSYNC, 'max_error_seconds': said['maxerror'] / 1e6,
+            'offset_seconds': said['offset'] / (1e9 if said['status'] & STA_NANO else 1e6)}
 
 
 def collect_clock(node: wire.NodeMetrics, state: NodeState, cycle: Cycle) -> None:
     """All containers of a machine have its clock; another machine's tree has none."""
     timex = read_timex() if cycle.reads_this_machine() else None
     if timex:
-        values = parse_timex(timex)
-        fill(node.clock, values)
-        # The only number of the kernel's that may be below 0.
-        node.clock.offset_seconds = values['offset_seconds']
+        for name, value in parse_timex(timex).items():
+            # Some of them may be below 0.
+            if name in field_names(wire.ClockMetrics):
+                setattr(node.clock, name, value)
 
 
 # --- operating system
@@ -1911,6 +2052,7 @@ def collect_system(node: wire.NodeMetrics, state: NodeState, cycle: Cycle) -> No
         if name == 'debian' and os.path.exists(cycle.path('/usr/bin/raspi-config')):
             name = 'raspbian'
         family = next((family for family, names in PLATFORM_FAMILIES.items() if name in names.split()), None)
+        identity.os_release.update({key: value[:MAX_TEXT] for key, value in release.items()})
         fill_known(identity, platform=name or None, platform_family=family, platform_version=version or None)
     if not identity.host_id:
         ids = (cycle.read_line(path, parse_uuid) for path in HOST_IDS)
@@ -1991,6 +2133,11 @@ def read_cgroup_tree(sysfs: str) -> Optional[CgroupTree]:
 def parse_single(text: str) -> Optional[int]:
     """A file of one number; `max`, v2's word for no limit, is None."""
     return None if text == 'max\n' else parse_number(text)
+
+
+def parse_procs(text: str) -> int:
+    """cgroup.procs: how many process IDs, one a line."""
+    return len(list(map(parse_number, text.split())))
 
 
 def parse_cpu_max(text: str) -> Optional[Counts]:
@@ -2078,6 +2225,7 @@ GROUP_FILES = {version: [GroupFile(*file) for file in files] for version, files 
     ('memory.high', parse_single, LIMIT),
     ('memory.swap.max', parse_single, LIMIT),
     ('pids.max', parse_single, LIMIT),
+    ('cgroup.procs', parse_procs, LIMIT),
 ), 1: (
     ('cpuacct/cpuacct.usage', parse_single, MARKER),
     ('memory/memory.usage_in_bytes', parse_single, MARKER),
@@ -2101,6 +2249,7 @@ GROUP_FILES = {version: [GroupFile(*file) for file in files] for version, files 
     ('memory/memory.limit_in_bytes', parse_single, LIMIT),
     ('memory/memory.memsw.limit_in_bytes', parse_single, LIMIT),
     ('pids/pids.max', parse_single, LIMIT),
+    ('memory/cgroup.procs', parse_procs, LIMIT),
 )}.items()}
 
 
@@ -2146,6 +2295,7 @@ def from_v1(files: Mapping[str, Any]) -> Dict[str, Any]:
                     for device, size in sizes.items()},
         'pids.current': number('pids/pids.current'),
         'pids.max': number('pids/pids.max'),
+        'cgroup.procs': number('memory/cgroup.procs'),
     }
 
 
@@ -2326,7 +2476,7 @@ NO_SERVICES = re.compile(r'machine\.slice|.*kubepods.*|.*\.(scope|service|mount|
 
 
 def collect_services(node: wire.NodeMetrics, state: NodeState, cycle: Cycle) -> None:
-    """The daemons' groups, which are looked for once a minute, and when one is gone."""
+    """The root of all groups, and those of the daemons, which are looked for once a minute, and when one is gone."""
     tree = read_cgroup_tree(cycle.roots.sysfs)
     if not tree:
         return
@@ -2338,6 +2488,8 @@ def collect_services(node: wire.NodeMetrics, state: NodeState, cycle: Cycle) -> 
             if any(map(NO_SERVICES.fullmatch, path.split('/')[:-1])):
                 continue
             state.services.setdefault(path, (Group(path), wire.ServiceMetrics(name=os.path.basename(path))))
+    if collect_cgroup(state.root[1], tree, state.root[0], cycle):
+        node.cgroup.CopyFrom(state.root[1])
     for path, (group, message) in sorted(state.services.items()):
         if os.path.isdir(f'{tree.top}/{path}') and collect_cgroup(message.cgroup, tree, group, cycle):
             node.services.append(message)
@@ -2349,10 +2501,10 @@ def collect_services(node: wire.NodeMetrics, state: NodeState, cycle: Cycle) -> 
 # --- node
 
 class NodeState:
-    """What the node's subjects keep from cycle to cycle, how many processes are named, and when to look for services and
-    addresses again (monotonic clock)."""
+    """What the node's subjects keep from cycle to cycle, how many processes are named, and when to look for services,
+    addresses, sockets and hardware again (monotonic clock)."""
 
-    services_due = addresses_due = 0.0
+    services_due = addresses_due = sockets_due = hardware_due = 0.0
     # Of which interfaces the addresses were asked for.
     addressed: Sequence[str] = ()
     addresses: List[Address] = []
@@ -2365,9 +2517,12 @@ class NodeState:
         self.cpu_times: Dict[str, CpuTimes] = {}
         self.cpu_infos: Dict[int, wire.CpuInfo] = {}
         self.links: Dict[str, Link] = {}
-        # By kind of question what the helper has answered last.
-        self.answers: Dict[bytes, Dict[str, bytes]] = {}
+        # By subject what the helper has answered last.
+        self.answers: Dict[str, Dict[str, bytes]] = {}
         self.services: Dict[str, Tuple[Group, wire.ServiceMetrics]] = {}
+        # Files of sysfs devices, and what they said last.
+        self.hardware: Dict[str, bytes] = {}
+        self.root = Group(''), wire.CgroupMetrics()
 
 
 NODE_SUBJECTS: Dict[str, Callable[[wire.NodeMetrics, NodeState, Cycle], None]] = {
@@ -2375,16 +2530,18 @@ NODE_SUBJECTS: Dict[str, Callable[[wire.NodeMetrics, NodeState, Cycle], None]] =
     'pressure': collect_pressure, 'processes': collect_processes, 'file systems': collect_disk_usages,
     'disk I/O': collect_disk_io, 'network': collect_network, 'addresses': collect_addresses,
     'network protocols': collect_protocols, 'kernel limits': collect_limits, 'clock': collect_clock,
-    'services': collect_services}
+    'hardware': collect_hardware, 'services': collect_services}
 
 
 def collect_node(node: wire.NodeMetrics, state: NodeState, cycle: Cycle) -> None:
     """What fails beyond a file costs its subject, and the rest goes on."""
-    for cycle.current, collect in NODE_SUBJECTS.items():
+    for subject, collect in NODE_SUBJECTS.items():
+        cycle.current, began = subject, time.monotonic()
         try:
             collect(node, state, cycle)
         except Exception as error:
-            cycle.failed(cycle.current, error)
+            cycle.failed(subject, error)
+        cycle.subject_seconds[subject] = time.monotonic() - began
 
 
 # --- container runtime
@@ -4105,7 +4262,7 @@ class AgentStats:
 
     def __init__(self) -> None:
         self.run_id = os.urandom(8).hex()
-        self.started = time.monotonic()
+        self.started, self.start_time = time.monotonic(), time.time()
         self.failures: Counts = collections.Counter(bug=0)
         self.calls: Dict[str, wire.CriMethodMetrics] = {}
 
@@ -4122,9 +4279,10 @@ def read_resident_bytes(stats: AgentStats) -> int:
     return read()
 
 
-def collect_agent(message: wire.AgentMetrics, stats: AgentStats, backlog: Optional[Backlog], timestamp_ns: int) -> None:
+def collect_agent(message: wire.AgentMetrics, stats: AgentStats, backlog: Optional[Backlog], timestamp_ns: int,
+                  cycle: Cycle) -> None:
     """The agent's own processes and counters; always from its own /proc."""
-    now = time.monotonic()
+    now, resident_bytes = time.monotonic(), read_resident_bytes(stats)
     if now >= stats.open_files_due:
         # Listing them takes 1 µs each. At random times: not in one cycle with what else is done once a minute.
         stats.open_files = len(os.listdir('/proc/self/fd')) or None
@@ -4132,7 +4290,12 @@ def collect_agent(message: wire.AgentMetrics, stats: AgentStats, backlog: Option
     message.MergeFrom(wire.AgentMetrics(
         run_id=stats.run_id, sequence=stats.sequence, timestamp_ns=timestamp_ns, version=__version__,
         uptime_seconds=now - stats.started, cpu_seconds_total=time.process_time(),
-        resident_bytes=read_resident_bytes(stats),
+        resident_bytes=resident_bytes,
+        virtual_bytes=int(read_bytes('/proc/self/statm').split()[0]) * PAGE_SIZE_BYTES,
+        max_virtual_bytes=resource.getrlimit(resource.RLIMIT_AS)[0] % 2**64,
+        max_open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0], start_time_seconds=stats.start_time,
+        subject_seconds=cycle.subject_seconds,
+        failing_subjects=sorted({subject.partition(' /')[0] for subject in cycle.failures}),
         threads=len(os.listdir('/proc/self/task')) or None, open_files=stats.open_files,
         log_lines_left_out_total=log_budget.left_out, cycles_total=stats.cycles,
         skipped_ticks_total=stats.skipped_ticks, collection_seconds=stats.collection_seconds,
@@ -4174,7 +4337,7 @@ def collect_snapshot(roots: Roots, options: Options, state: State, stats: AgentS
     # `mount /any/path` is counted as a mount: there is no end of paths.
     subjects = {subject.partition(' /')[0] for subject in cycle.failures}
     stats.failures.update(dict.fromkeys((*NODE_SUBJECTS, *RUNTIME_SUBJECTS, *subjects), 0))
-    collect_agent(metrics.agent_metrics, stats, backlog, timestamp_ns)
+    collect_agent(metrics.agent_metrics, stats, backlog, timestamp_ns, cycle)
     stats.failures.update(subjects)
     stats.cycles, stats.collection_seconds = stats.cycles + 1, time.monotonic() - cycle.now
     return metrics, cycle.failures
@@ -4240,13 +4403,23 @@ def plural(number: int, noun: str) -> str:
     return f'{number} {noun}{ending}'
 
 
+@functools.lru_cache(None)
+def getter(kind: Any, path: str) -> Callable[[Any], Optional[float]]:
+    """What gives the field at a dotted path; None where a part of it is absent: of the parts that may be, the last one
+    tells, because what is below an absent message is absent."""
+    names, descriptor, last = path.split('.'), kind.DESCRIPTOR, None
+    for index, name in enumerate(names):
+        last = index if descriptor.fields_by_name[name].has_presence else last
+        descriptor = descriptor.fields_by_name[name].message_type
+    value = operator.attrgetter(path)
+    if last is None:
+        return value
+    name, holder = names[last], operator.attrgetter('.'.join(names[:last])) if last else lambda message: message
+    return lambda message: value(message) if holder(message).HasField(name) else None
+
+
 def value_at(message: Any, path: str) -> Optional[float]:
-    """The field at a dotted path; None where a part of it is absent."""
-    for name in path.split('.'):
-        if message.DESCRIPTOR.fields_by_name[name].has_presence and not message.HasField(name):
-            return None
-        message = getattr(message, name)
-    return message
+    return getter(type(message), path)(message)
 
 
 def present_containers(pod: wire.PodMetrics) -> List[wire.ContainerMetrics]:
@@ -4628,6 +4801,9 @@ def live_screen(live: Live) -> Iterator[None]:
 # and alerts work; else kubensage_. A row: name, help, the field that has the value, and the divisor, if any, that
 # gives the base unit. Divided, not multiplied: 3815668 µs are 3.815668 s, times 1e-6 they would be
 # 3.8156679999999996. A name in _total is a counter, another one a gauge, but for what node_exporter leaves untyped.
+NODE, CADVISOR = '/metrics', '/metrics/cadvisor'
+# The unit of the kernel's clock: parts in a million, with 16 bits behind the point.
+PPM = 65536 * 1e6
 UNTYPED = re.compile(r'node_(vmstat|netstat)_')
 # By map of NodeMetrics, what comes before the key in a sample's name.
 MAP_SAMPLES = {'meminfo': 'node_memory_', 'vmstat': 'node_vmstat_', 'netstat': 'node_netstat_', 'snmp': 'node_netstat_',
@@ -4656,15 +4832,77 @@ NODE_SAMPLES = (
     ('node_processes_threads', 'Threads.', 'load_average.threads'),
     ('node_processes_max_threads', 'Threads that the kernel allows.', 'kernel_limits.threads_max'),
     ('node_processes_max_processes', 'Process IDs that the kernel allows.', 'kernel_limits.pid_max'),
-    ('kubensage_node_softnet_processed_total', 'Packets that the CPUs have processed.', 'softnet_stat.processed'),
-    ('kubensage_node_softnet_dropped_total', 'Packets dropped because the backlog of a CPU was full.',
-     'softnet_stat.dropped'),
-    ('kubensage_node_softnet_squeezed_total', 'Times that the budget of a softirq ran out with work left.',
-     'softnet_stat.time_squeeze'),
+    ('node_kernel_hung_task_detect_count', 'Tasks that hung.', 'kernel_limits.hung_task_detect_count'),
+    ('node_entropy_available_bits', 'Entropy that is there.', 'kernel_limits.entropy_avail'),
+    ('node_entropy_pool_size_bits', 'Entropy that can be kept.', 'kernel_limits.poolsize'),
     ('node_timex_sync_status', 'Whether the clock is synchronised.', 'clock.synchronized'),
     ('node_timex_offset_seconds', 'Offset of the clock from its reference.', 'clock.offset_seconds'),
     ('node_timex_maxerror_seconds', 'Largest error of the clock.', 'clock.max_error_seconds'),
+    ('node_timex_estimated_error_seconds', 'Estimated error of the clock.', 'clock.esterror', 1e6),
+    ('node_timex_status', 'Status bits of the clock.', 'clock.status'),
+    ('node_timex_loop_time_constant', 'Time constant of the phase-locked loop.', 'clock.constant'),
+    ('node_timex_tick_seconds', 'Time between two ticks of the clock.', 'clock.tick', 1e6),
+    ('node_timex_pps_frequency_hertz', 'Frequency of the pulse per second.', 'clock.ppsfreq', PPM),
+    ('node_timex_pps_shift_seconds', 'Interval of the pulse per second.', 'clock.shift'),
+    ('node_timex_pps_stability_hertz', 'Stability of the pulse per second.', 'clock.stabil', PPM),
+    ('node_timex_pps_jitter_total', 'Times that the jitter was too large.', 'clock.jitcnt'),
+    ('node_timex_pps_calibration_total', 'Calibrations.', 'clock.calcnt'),
+    ('node_timex_pps_error_total', 'Calibrations that failed.', 'clock.errcnt'),
+    ('node_timex_pps_stability_exceeded_total', 'Times that the stability was exceeded.', 'clock.stbcnt'),
+    ('node_timex_tai_offset_seconds', 'Offset of atomic time.', 'clock.tai'),
 )
+NFS_SAMPLES = (('net_connections', 'node_nfs_connections_total'), ('rpc_calls', 'node_nfs_rpcs_total'),
+               ('rpc_retrans', 'node_nfs_rpc_retransmissions_total'),
+               ('rpc_authrefrsh', 'node_nfs_rpc_authentication_refreshes_total'))
+OS_KEYS = frozenset(('BUILD_ID', 'ID', 'ID_LIKE', 'IMAGE_ID', 'IMAGE_VERSION', 'NAME', 'PRETTY_NAME', 'VARIANT',
+                     'VARIANT_ID', 'VERSION', 'VERSION_CODENAME', 'VERSION_ID'))
+SOFTNET_SAMPLES = (
+    ('node_softnet_processed_total', 'Packets processed.', 'processed'),
+    ('node_softnet_dropped_total', 'Packets dropped because the backlog was full.', 'dropped'),
+    ('node_softnet_times_squeezed_total', 'Times that the budget ran out with work left.', 'time_squeeze'),
+    ('node_softnet_received_rps_total', 'Interrupts from other CPUs.', 'received_rps'),
+    ('node_softnet_flow_limit_count_total', 'Times that the flow limit was reached.', 'flow_limit_count'),
+    ('node_softnet_backlog_len', 'Packets in the backlog.', 'backlog_len'),
+)
+SCHEDSTAT_SAMPLES = (
+    ('node_schedstat_running_seconds_total', 'Time in which tasks ran.', 'run_ns', 1e9),
+    ('node_schedstat_waiting_seconds_total', 'Time in which tasks waited to run.', 'wait_ns', 1e9),
+    ('node_schedstat_timeslices_total', 'Time slices.', 'timeslices'),
+)
+CPU_PATH = r'devices/system/cpu/cpu(?P<cpu>\d+)/cpufreq'
+COOLER_PATH = r'class/thermal/cooling_device(?P<name>\d+)'
+SUPPLY_PATH = r'class/power_supply/(?P<power_supply>[^/]+)'
+EDAC_PATH = r'devices/system/edac/mc/mc(?P<controller>\d+)'
+# Name, help, the path of the device, whose groups are labels, its file, the divisor; the text `type` is a label, too.
+DEVICE_SAMPLES = (
+    ('node_thermal_zone_temp', 'Temperature in °C.', r'class/thermal/thermal_zone(?P<zone>\d+)', 'temp', 1e3),
+    ('node_cooling_device_cur_state', 'How much it cools.', COOLER_PATH, 'cur_state', 1),
+    ('node_cooling_device_max_state', 'How much it can cool.', COOLER_PATH, 'max_state', 1),
+    ('node_power_supply_online', 'Whether it supplies.', SUPPLY_PATH, 'online', 1),
+    ('node_power_supply_capacity', 'Percent of its capacity.', SUPPLY_PATH, 'capacity', 1),
+    ('node_power_supply_voltage_volt', 'Voltage.', SUPPLY_PATH, 'voltage_now', 1e6),
+    ('node_power_supply_current_ampere', 'Current.', SUPPLY_PATH, 'current_now', 1e6),
+    ('node_power_supply_power_watt', 'Power.', SUPPLY_PATH, 'power_now', 1e6),
+    ('node_power_supply_energy_watthour', 'Energy.', SUPPLY_PATH, 'energy_now', 1e6),
+    ('node_cpu_scaling_frequency_hertz', 'Frequency.', CPU_PATH, 'scaling_cur_freq', 1e-3),
+    ('node_cpu_scaling_frequency_min_hertz', 'Least frequency that is allowed.', CPU_PATH, 'scaling_min_freq', 1e-3),
+    ('node_cpu_scaling_frequency_max_hertz', 'Highest frequency that is allowed.', CPU_PATH, 'scaling_max_freq', 1e-3),
+    ('node_cpu_frequency_min_hertz', 'Least frequency.', CPU_PATH, 'cpuinfo_min_freq', 1e-3),
+    ('node_cpu_frequency_max_hertz', 'Highest frequency.', CPU_PATH, 'cpuinfo_max_freq', 1e-3),
+    ('node_edac_correctable_errors_total', 'Errors of memory that were corrected.', EDAC_PATH, 'ce_count', 1),
+    ('node_edac_uncorrectable_errors_total', 'Errors of memory that were not.', EDAC_PATH, 'ue_count', 1),
+    ('node_edac_csrow_correctable_errors_total', 'Errors of a row that were corrected.',
+     rf'{EDAC_PATH}/csrow(?P<csrow>\d+)', 'ce_count', 1),
+    ('node_edac_csrow_uncorrectable_errors_total', 'Errors of a row that were not.',
+     rf'{EDAC_PATH}/csrow(?P<csrow>\d+)', 'ue_count', 1),
+    ('node_md_disks_required', 'Disks that the array needs.', r'block/(?P<device>md[^/]*)/md', 'raid_disks', 1),
+)
+# By kind of sensor the unit in a sample's name, and the divisor.
+HWMON_UNITS = {'temp': ('celsius', 1e3), 'in': ('volts', 1e3), 'curr': ('amps', 1e3), 'power': ('watt', 1e6),
+               'energy': ('joule_total', 1e6), 'humidity': ('', 1e6), 'fan': ('rpm', 1)}
+# A disk of an array, by the first of these words in its state (admin-guide/md.rst): write_mostly,spare.
+MD_STATES = {'in_sync': 'active', 'faulty': 'failed', 'spare': 'spare'}
+HWMON_FILE = re.compile(r'(([a-z]+)\d+)_(\w+)')
 # Sectors have 512 bytes, ticks are milliseconds.
 DISK_SAMPLES = (
     ('node_disk_reads_completed_total', 'Reads completed.', 'read_ios'),
@@ -4687,6 +4925,7 @@ DISK_SAMPLES = (
 )
 FILE_SYSTEM_SAMPLES = (
     ('node_filesystem_size_bytes', 'Size of the file system.', 'total'),
+    ('node_filesystem_free_bytes', 'Bytes that are free.', 'bytes_free'),
     ('node_filesystem_avail_bytes', 'Bytes that unprivileged users may still use.', 'free'),
     ('node_filesystem_files', 'Inodes.', 'inodes'),
     # glibc fills f_favail with f_ffree.
@@ -4697,6 +4936,7 @@ INTERFACE_SAMPLES = (
     ('node_network_carrier', 'Whether the interface has a carrier.', 'carrier'),
     ('node_network_mtu_bytes', 'MTU of the interface.', 'mtu'),
     ('node_network_speed_bytes', 'Speed of the interface, in bytes per second.', 'speed_mbits', 8e-6),
+    ('node_network_receive_nohandler_total', 'Packets that nobody took.', 'rx_nohandler'),
     *((f'node_network_{"receive" if way == "rx" else "transmit"}_{name}_total', f'{column} of /proc/net/dev.',
        f'counters.{column}') for column in NET_DEV_COLUMNS for way, _, name in [column.partition('_')]),
 )
@@ -4706,36 +4946,41 @@ POD_INTERFACE_SAMPLES = tuple(
     for way, prefix in (('receive', 'rx'), ('transmit', 'tx'))
     for name, column in (('bytes', 'bytes'), ('packets', 'packets'), ('errors', 'errs'), ('packets_dropped', 'drop')))
 CGROUP_SAMPLES = (
-    ('cpu_usage_seconds_total', 'CPU time.', 'cpu.stat.usage_usec', 1e6),
-    ('cpu_user_seconds_total', 'CPU time in user mode.', 'cpu.stat.user_usec', 1e6),
-    ('cpu_system_seconds_total', 'CPU time in the kernel.', 'cpu.stat.system_usec', 1e6),
-    ('cpu_cfs_periods_total', 'Periods of the CPU quota.', 'cpu.stat.nr_periods'),
-    ('cpu_cfs_throttled_periods_total', 'Periods in which the quota was used up.', 'cpu.stat.nr_throttled'),
-    ('cpu_cfs_throttled_seconds_total', 'Time that tasks were throttled.', 'cpu.stat.throttled_usec', 1e6),
-    ('spec_cpu_quota', 'CPU quota in a period, in µs.', 'cpu.max.quota_usec'),
-    ('spec_cpu_period', 'Period of the CPU quota, in µs.', 'cpu.max.period_usec'),
-    ('spec_cpu_shares', 'CPU shares.', 'cpu.shares'),
-    ('memory_usage_bytes', 'Memory in use, page cache included.', 'memory.current'),
-    ('memory_max_usage_bytes', 'Most memory that was in use.', 'memory.peak'),
-    ('memory_rss', 'Anonymous memory, in bytes.', 'memory.stat.anon'),
-    ('memory_cache', 'Page cache, in bytes.', 'memory.stat.file'),
-    ('memory_mapped_file', 'Mapped files, in bytes.', 'memory.stat.file_mapped'),
-    ('memory_kernel_usage', 'Kernel memory, in bytes.', 'memory.stat.kernel'),
-    ('memory_swap', 'Swap in use, in bytes.', 'memory.swap.current'),
-    ('spec_memory_limit_bytes', 'Memory limit.', 'memory.max'),
-    ('oom_events_total', 'OOM kills.', 'memory.events.oom_kill'),
-    ('processes', 'Processes and threads.', 'pids.current'),
-    *((f'pressure_{name}_{word}_seconds_total', f'Time in which {text} for {name}.',
+    ('container_cpu_user_seconds_total', 'CPU time in user mode.', 'cpu.stat.user_usec', 1e6),
+    ('container_cpu_system_seconds_total', 'CPU time in the kernel.', 'cpu.stat.system_usec', 1e6),
+    ('container_cpu_cfs_periods_total', 'Periods of the CPU quota.', 'cpu.stat.nr_periods'),
+    ('container_cpu_cfs_throttled_periods_total', 'Periods in which the quota was used up.', 'cpu.stat.nr_throttled'),
+    ('container_cpu_cfs_throttled_seconds_total', 'Time that tasks were throttled.', 'cpu.stat.throttled_usec', 1e6),
+    ('container_spec_cpu_quota', 'CPU quota in a period, in µs.', 'cpu.max.quota_usec'),
+    ('container_spec_cpu_period', 'Period of the CPU quota, in µs.', 'cpu.max.period_usec'),
+    ('container_memory_usage_bytes', 'Memory in use, page cache included.', 'memory.current'),
+    ('container_memory_max_usage_bytes', 'Most memory that was in use.', 'memory.peak'),
+    ('container_memory_rss', 'Anonymous memory, in bytes.', 'memory.stat.anon'),
+    ('container_memory_cache', 'Page cache, in bytes.', 'memory.stat.file'),
+    ('container_memory_mapped_file', 'Mapped files, in bytes.', 'memory.stat.file_mapped'),
+    ('container_memory_kernel_usage', 'Kernel memory, in bytes.', 'memory.stat.kernel'),
+    ('container_memory_swap', 'Swap in use, in bytes.', 'memory.swap.current'),
+    ('container_spec_memory_limit_bytes', 'Memory limit.', 'memory.max'),
+    ('container_oom_events_total', 'OOM kills.', 'memory.events.oom_kill'),
+    ('container_processes', 'Processes.', 'cgroup.procs'),
+    ('container_threads', 'Processes and threads.', 'pids.current'),
+    ('container_threads_max', 'Processes and threads that may be.', 'pids.max'),
+    *((f'container_pressure_{name}_{word}_seconds_total', f'Time in which {text} for {name}.',
        f'{name}.pressure.{kind}.total', 1e6)
       for name in ('cpu', 'memory', 'io') for kind, word, text in STALLS),
 )
 # Also of a container whose numbers came from the runtime.
 CONTAINER_SAMPLES = (
-    ('container_memory_working_set_bytes', 'Working set.', 'memory_metrics.working_set_bytes.value'),
-    ('container_fs_usage_bytes', 'Bytes that the writable layer takes.', 'file_system_metrics.used_bytes.value'),
     ('container_start_time_seconds', 'When it was started, in Unix seconds.', 'status.started_at_ns', 1_000_000_000),
     ('kubensage_container_restarts', "Restarts, as the kubelet counts them.", 'restart_count'),
     ('kubensage_container_exit_code', 'Exit code of a container that has exited.', 'status.exit_code'),
+)
+# Of the writable layer, and of the file system that has it.
+LAYER_SAMPLES = (('container_fs_usage_bytes', 'Bytes that the writable layer takes.', 'used_bytes.value'),)
+LAYER_DISK_SAMPLES = (
+    ('container_fs_limit_bytes', 'Size of the file system that has the writable layer.', 'total'),
+    ('container_fs_inodes_total', 'Inodes of the file system that has the writable layer.', 'inodes'),
+    ('container_fs_inodes_free', 'Free inodes of the file system that has the writable layer.', 'inodes_free'),
 )
 IO_SAMPLES = (
     ('container_fs_reads_bytes_total', 'Bytes read.', 'rbytes'),
@@ -4744,11 +4989,15 @@ IO_SAMPLES = (
     ('container_fs_writes_total', 'Writes completed.', 'wios'),
 )
 AGENT_SAMPLES = (
+    ('process_cpu_seconds_total', 'CPU time of the agent.', 'cpu_seconds_total'),
+    ('process_open_fds', 'Open file descriptors of the agent.', 'open_files'),
+    ('process_max_fds', 'File descriptors that the agent may open.', 'max_open_files'),
+    ('process_virtual_memory_bytes', 'Virtual memory of the agent.', 'virtual_bytes'),
+    ('process_virtual_memory_max_bytes', 'Virtual memory that the agent may have.', 'max_virtual_bytes'),
+    ('process_resident_memory_bytes', 'Resident memory of the agent.', 'resident_bytes'),
+    ('process_start_time_seconds', 'When the agent was started, in Unix seconds.', 'start_time_seconds'),
+    ('process_threads', 'Threads of the agent.', 'threads'),
     ('kubensage_agent_uptime_seconds', 'Time since the start of the agent.', 'uptime_seconds'),
-    ('kubensage_agent_cpu_seconds_total', 'CPU time of the agent.', 'cpu_seconds_total'),
-    ('kubensage_agent_resident_bytes', 'Resident memory of the agent.', 'resident_bytes'),
-    ('kubensage_agent_threads', 'Threads of the agent.', 'threads'),
-    ('kubensage_agent_open_files', 'Open file descriptors of the agent.', 'open_files'),
     ('kubensage_agent_cycles_total', 'Snapshots collected.', 'cycles_total'),
     ('kubensage_agent_skipped_ticks_total', 'Cycles left out because one took too long.', 'skipped_ticks_total'),
     ('kubensage_agent_log_lines_left_out_total', 'Lines not logged: their subject had too many in a minute.',
@@ -4769,25 +5018,39 @@ CRI_SAMPLES = (
     ('kubensage_cri_seconds_total', 'Time that the calls took.', 'seconds_total'),
 )
 
-Labels = Mapping[str, str]
-
-
 class Family(NamedTuple):
-    """All samples of one name."""
+    """All samples of one name: labels as text, value."""
     name: str
     help: str
-    samples: List[Tuple[Labels, float]]
+    samples: List[Tuple[str, float]]
 
 
-def families_of(rows: Sequence[Tuple[Any, ...]], items: Sequence[Tuple[Labels, Any]],
-                prefix: str = '') -> List[Family]:
+def label_text(labels: Mapping[str, str], others: str = '') -> str:
+    """As they are between the braces, behind others."""
+    pairs = [others] if others else []
+    for key, label in labels.items():
+        escaped = printable(label).replace('\\', '\\\\').replace('"', '\\"')
+        pairs.append(f'{key}="{escaped}"')
+    return ','.join(pairs)
+
+
+def families_of(rows: Sequence[Tuple[Any, ...]], items: Sequence[Tuple[str, Any]]) -> List[Family]:
     """For each row a family, with a sample for each item that has the row's field."""
     families = []
-    for name, text, path, *divisor in rows:
-        values = ((labels, value_at(message, path)) for labels, message in items)
+    for name, text, path, *divisor in rows if items else ():
+        get = getter(type(items[0][1]), path)
+        values = [(labels, get(message)) for labels, message in items]
         samples = [(labels, value / divisor[0] if divisor else value) for labels, value in values if value is not None]
-        families.append(Family(prefix + name, text, samples))
+        families.append(Family(name, text, samples))
     return families
+
+
+def one(name: str, text: str, value: float, **labels: str) -> Family:
+    return Family(name, text, [(label_text(labels), value)])
+
+
+def by_key(name: str, text: str, label: str, values: Mapping[str, float]) -> Family:
+    return Family(name, text, [(label_text({label: key}), value) for key, value in sorted(values.items())])
 
 
 def map_families(node: wire.NodeMetrics) -> List[Family]:
@@ -4797,100 +5060,251 @@ def map_families(node: wire.NodeMetrics) -> List[Family]:
         for key, value in sorted(getattr(node, field).items()):
             name = prefix + re.sub(r'\W+', '_', key).strip('_')
             unit = '_bytes' if field == 'meminfo' and not key.startswith('HugePages_') else ''
-            families.append(Family(name + unit, f'{key} of {field}.', [({}, value)]))
+            families.append(one(name + unit, f'{key} of {field}.', value))
     return families
 
 
+def hwmon_families(devices: Iterable[wire.SysfsDevice]) -> List[Family]:
+    """temp1_crit is node_hwmon_temp_crit_celsius{sensor="temp1"}; input is left out of the name."""
+    families: Dict[str, Family] = {}
+    for device in devices:
+        # platform/coretemp.0, the same after each boot.
+        parent = device.texts.get('device') or device.texts.get('name') or device.path.rpartition('/')[2]
+        chip = {'chip': '_'.join(re.sub('[^a-z0-9:_]', '_', part.lower()).strip('_') for part in parent.split('/'))}
+        names = [('node_hwmon_chip_names', {'chip_name': device.texts['name']})] if device.texts.get('name') else []
+        names += [('node_hwmon_sensor_label', {'sensor': file[:-6], 'label': text})
+                  for file, text in device.texts.items() if file.endswith('_label')]
+        samples = [(name, labels, 1) for name, labels in names]
+        for sensor, kind, what, number in ((*HWMON_FILE.fullmatch(file).groups(), number)
+                                           for file, number in device.numbers.items() if HWMON_FILE.fullmatch(file)):
+            unit, divisor = HWMON_UNITS[kind] if what != 'alarm' else ('', 1)
+            parts = ('node_hwmon', kind, '' if what == 'input' else what, unit)
+            samples.append(('_'.join(filter(None, parts)), {'sensor': sensor}, number / divisor))
+        for name, labels, value in samples:
+            family = families.setdefault(name, Family(name, 'A sensor, by hwmon/sysfs-interface.rst.', []))
+            family.samples.append((label_text({**chip, **labels}), value))
+    return [families[name] for name in sorted(families)]
+
+
+def throttles(node: wire.NodeMetrics, part: str) -> List[Tuple[Dict[str, str], int]]:
+    """By core, or by package: the CPUs of one say the same."""
+    infos, counts = {cpu.cpu: cpu for cpu in node.cpu_infos}, {}
+    for device in node.devices:
+        match = re.fullmatch(r'devices/system/cpu/cpu(\d+)/thermal_throttle', device.path)
+        info = infos.get(int(match.group(1))) if match else None
+        if info and f'{part}_throttle_count' in device.numbers:
+            core = info.core_id if part == 'core' else None
+            counts[info.physical_id, core] = device.numbers[f'{part}_throttle_count']
+    return [({**({'core': core} if core is not None else {}), 'package': package}, count)
+            for (package, core), count in sorted(counts.items())]
+
+
+def device_families(node: wire.NodeMetrics) -> List[Family]:
+    families = hwmon_families(device for device in node.devices if device.path.startswith('class/hwmon/'))
+    by_path = {device.path: device for device in node.devices}
+    for name, text, path, file, divisor in DEVICE_SAMPLES:
+        matches = ((re.fullmatch(path, device.path), device) for device in node.devices if file in device.numbers)
+        families.append(Family(name, text, [
+            (label_text({**match.groupdict(), **({'type': device.texts.get('type', '')} if 'thermal' in path else {})}),
+             device.numbers[file] / divisor) for match, device in matches if match]))
+    bonds = {path.split('/')[2]: device.texts['slaves'].split() for path, device in by_path.items()
+             if path.endswith('/bonding') and 'slaves' in device.texts}
+    arrays = collections.Counter(
+        (path.split('/')[1], next(filter(None, map(MD_STATES.get, device.texts.get('state', '').split(','))), None))
+        for path, device in by_path.items() if '/md/dev-' in path)
+    return families + [
+        Family('node_bonding_slaves', 'Interfaces of the bond.', [
+            (label_text({'master': bond}), len(slaves)) for bond, slaves in bonds.items()]),
+        Family('node_bonding_active', 'Interfaces of the bond that are up.', [
+            (label_text({'master': bond}), sum(
+                by_path[path].texts.get('mii_status') == 'up' for path in by_path
+                if path.startswith(f'class/net/{bond}/lower_'))) for bond in bonds]),
+        Family('node_md_disks', 'Disks of the array by state.', [
+            (label_text({'device': array, 'state': state}), arrays[array, state])
+            for array in sorted({array for array, _ in arrays}) for state in sorted(MD_STATES.values())]),
+        *(Family(f'node_cpu_{part}_throttles_total', f'Times that it was throttled, by {part}.', [
+            (label_text(labels), count) for labels, count in throttles(node, part)]) for part in ('core', 'package')),
+        Family('node_dmi_info', 'The machine, by its firmware.', [
+            (label_text({key.replace('sys_', 'system_'): text for key, text in sorted(device.texts.items())}), 1)
+            for path, device in by_path.items() if path == 'class/dmi/id'])]
+
+
 def node_families(node: wire.NodeMetrics) -> List[Family]:
-    file_systems = [({'device': disk.device, 'fstype': disk.fstype, 'mountpoint': disk.mountpoint}, disk)
+    file_systems = [(label_text({'device': disk.device, 'fstype': disk.fstype, 'mountpoint': disk.mountpoint}), disk)
                     for disk in node.disk_usages]
-    interfaces = [({'device': interface.name}, interface) for interface in node.network_interfaces
+    interfaces = [(label_text({'device': interface.name}), interface) for interface in node.network_interfaces
                   if interface.HasField('counters')]
     return [
-        Family('node_uname_info', 'The kernel.', [
-            ({'sysname': 'Linux', 'release': node.kernel_version, 'machine': node.kernel_arch,
-              'nodename': node.hostname}, 1)]),
+        one('node_uname_info', 'The kernel.', 1, sysname='Linux', release=node.kernel_version, machine=node.kernel_arch,
+            nodename=node.hostname),
         Family('node_cpu_seconds_total', 'CPU time by mode.', [
-            ({'cpu': str(cpu.cpu), 'mode': mode}, getattr(cpu.seconds, mode))
+            (f'cpu="{cpu.cpu}",mode="{mode}"', getattr(cpu.seconds, mode))
             for cpu in node.cpu_infos for mode in CPU_MODES]),
         Family('node_cpu_guest_seconds_total', 'CPU time of guests by mode.', [
-            ({'cpu': str(cpu.cpu), 'mode': mode}, value) for cpu in node.cpu_infos
+            (f'cpu="{cpu.cpu}",mode="{mode}"', value) for cpu in node.cpu_infos
             for mode, value in (('user', cpu.seconds.guest), ('nice', cpu.seconds.guest_nice))]),
         Family('node_network_up', "Whether the interface's operstate is up.", [
             (labels, interface.operstate == 'up') for labels, interface in interfaces
             if interface.HasField('operstate')]),
-        *families_of(NODE_SAMPLES, [({}, node)]),
+        *families_of(NODE_SAMPLES, [('', node)]),
+        Family('node_timex_frequency_adjustment_ratio', 'How much faster the clock is made.', [
+            ('', 1 + node.clock.freq / PPM)] if node.clock.HasField('freq') else []),
+        Family('node_timex_pps_jitter_seconds', 'Jitter of the pulse per second.', [
+            ('', node.clock.jitter / (1e9 if node.clock.status & STA_NANO else 1e6))
+        ] if node.clock.HasField('jitter') else []),
         *map_families(node),
-        *families_of(DISK_SAMPLES, [({'device': disk.device}, disk) for disk in node.diskstats]),
+        *families_of(DISK_SAMPLES, [(label_text({'device': disk.device}), disk) for disk in node.diskstats]),
         *families_of(FILE_SYSTEM_SAMPLES, file_systems),
         Family('node_filesystem_device_error', 'Whether statvfs fails or does not return.', [
             (labels, disk.stuck or disk.HasField('error')) for labels, disk in file_systems]),
-        *families_of(INTERFACE_SAMPLES, interfaces)]
+        *families_of(INTERFACE_SAMPLES, interfaces),
+        *families_of(SOFTNET_SAMPLES, [(f'cpu="{line.cpu}"', line) for line in node.softnet_stat]),
+        *families_of(SCHEDSTAT_SAMPLES, [(f'cpu="{cpu.cpu}"', cpu) for cpu in node.cpu_infos]),
+        by_key('node_arp_entries', 'Entries of the ARP table.', 'device', node.arp_entries),
+        by_key('node_tcp_connection_states', 'TCP sockets by state.', 'state', node.tcp_states),
+        Family('node_udp_queues', 'Bytes in the queues of UDP sockets.', [
+            (label_text({'queue': queue, 'ip': version}), size) for key, size in sorted(node.udp_queues.items())
+            for queue, _, version in [key.partition('_')]]),
+        *(one(name, f'{key} of the NFS client.', node.nfs[key]) for key, name in NFS_SAMPLES if key in node.nfs),
+        Family('node_os_info', 'The distribution, by os-release.', [
+            (label_text({key.lower(): text for key, text in sorted(node.os_release.items()) if key in OS_KEYS}), 1)
+        ] if node.os_release else []),
+        *device_families(node)]
 
 
-def pod_families(pods: Sequence[wire.PodMetrics]) -> List[Family]:
+def usage_of(container: wire.ContainerMetrics) -> wire.CgroupMetrics:
+    """Its cgroup. Where the numbers came from the runtime, these are put into the same fields."""
+    if container.HasField('cgroup'):
+        return container.cgroup
+    cgroup, memory = wire.CgroupMetrics(), container.memory_metrics
+    cpu_ns, usage, working_set, resident = (value_at(container, path) for path in (
+        'cpu_metrics.usage_core_nano_seconds.value', 'memory_metrics.usage_bytes.value',
+        'memory_metrics.working_set_bytes.value', 'memory_metrics.rss_bytes.value'))
+    cgroup.timestamp_ns = max(container.cpu_metrics.timestamp, memory.timestamp)
+    current = working_set if usage is None else usage
+    fill_known(cgroup.cpu.stat, usage_usec=None if cpu_ns is None else cpu_ns // 1000)
+    fill_known(cgroup.memory, current=current)
+    fill_known(cgroup.memory.stat, anon=resident,
+               inactive_file=None if working_set is None else max(0, current - working_set))
+    return cgroup
+
+
+def shares_of(weight: int) -> int:
+    """The shares of cgroup v1 for a weight of v2, as the kubelet converts them."""
+    return (weight - 1) * 262142 // 9999 + 2
+
+
+def working_set(cgroup: wire.CgroupMetrics) -> Optional[int]:
+    """All but the file pages that nobody has used lately."""
+    current, inactive = known(cgroup.memory, 'current'), known(cgroup.memory.stat, 'inactive_file')
+    return None if current is None or inactive is None else max(0, current - inactive)
+
+
+def holder(node: wire.NodeMetrics, mountpoint: str) -> Optional[wire.DiskUsage]:
+    """The file system that has a path."""
+    above = [disk for disk in node.disk_usages if f'{mountpoint}/'.startswith(f'{disk.mountpoint.rstrip("/")}/')]
+    return max(above, key=lambda disk: len(disk.mountpoint), default=None)
+
+
+def present_pods(pods: Sequence[wire.PodMetrics]) -> List[wire.PodMetrics]:
     """Of the sandboxes of one name, of which there are two while one is replaced, the last in which something runs."""
-    present = {(pod.namespace, pod.name): pod for pod in sorted(pods, key=lambda pod: (
-        any(container.state == 'CONTAINER_RUNNING' for container in pod.container_metrics), pod.created_at))}
-    by_pod = [({'namespace': namespace, 'pod': name}, pod) for (namespace, name), pod in present.items()]
-    containers = [({**labels, 'container': container.name}, container) for labels, pod in by_pod
-                  for container in present_containers(pod)]
-    cgroups = [(labels, container.cgroup) for labels, container in containers if container.HasField('cgroup')]
+    ordered = sorted(pods, key=lambda pod: (
+        any(container.state == 'CONTAINER_RUNNING' for container in pod.container_metrics), pod.created_at))
+    return list({(pod.namespace, pod.name): pod for pod in ordered}.values())
+
+
+def container_families(metrics: wire.Metrics) -> List[Family]:
+    """Under cAdvisor's labels: a container has all of them, a pod no name and no image, any other group an id alone."""
+    node, pods, containers, cgroups, layers = metrics.node_metrics, [], [], [], []
+    for pod in present_pods(metrics.pod_metrics):
+        of_pod = {'namespace': pod.namespace, 'pod': pod.name}
+        pods.append((label_text(of_pod), pod))
+        if pod.HasField('cgroup'):
+            cgroups.append((label_text({'id': f'/{pod.cgroup.path}', **of_pod}), pod.cgroup))
+        for container in present_containers(pod):
+            cgroup, image = usage_of(container), container.user_specified_image or container.image
+            labels = label_text({'container': container.name, 'id': cgroup.path and f'/{cgroup.path}', 'image': image,
+                                 'name': container.id, **of_pod})
+            containers.append((labels, container))
+            cgroups.append((labels, cgroup))
+            layer = container.file_system_metrics
+            disk = holder(node, layer.mountpoint) if layer.mountpoint else None
+            if disk:
+                layers.append((label_text({'device': disk.device}, labels), disk, layer))
+    cgroups += [(label_text({'id': f'/{service.cgroup.path}'}), service.cgroup) for service in node.services]
+    if node.HasField('cgroup'):
+        cgroups.append(('id="/"', node.cgroup))
+    disks = {disk.device_number: f'/dev/{disk.device}' for disk in node.diskstats if disk.device_number}
     return [
+        one('machine_cpu_cores', 'Logical CPUs.', len(node.cpu_infos)),
+        *families_of((('machine_memory_bytes', 'Memory of the node.', 'total_memory'),), [('', node)]),
+        one('machine_scrape_error', 'Whether the machine could not be read.', 0),
         Family('kubensage_pod_info', 'What the pod is.', [
-            ({**labels, 'qos_class': pod.qos_class, 'host_network': str(pod.host_network).lower()}, 1)
-            for labels, pod in by_pod]),
-        Family('kubensage_container_info', 'What the container is.', [
-            ({**labels, 'image': container.user_specified_image or container.image, 'state': container.state,
-              'reason': container.status.reason}, 1)
-            for labels, container in containers]),
+            (label_text({'qos_class': pod.qos_class, 'host_network': str(pod.host_network).lower()}, labels), 1)
+            for labels, pod in pods]),
         Family('kubensage_pod_left_out', 'What one pod has more of than it may have, and how much of it is missing.', [
-            ({**labels, 'what': what}, count)
-            for labels, pod in by_pod for what, count in sorted(pod.left_out.items())]),
+            (label_text({'what': what}, labels), count)
+            for labels, pod in pods for what, count in sorted(pod.left_out.items())]),
+        Family('kubensage_container_info', 'What the container is.', [
+            (label_text({'state': container.state, 'reason': container.status.reason}, labels), 1)
+            for labels, container in containers]),
+        Family('container_cpu_usage_seconds_total', 'CPU time.', [
+            (f'{labels},cpu="total"', cgroup.cpu.stat.usage_usec / 1e6)
+            for labels, cgroup in cgroups if cgroup.cpu.stat.HasField('usage_usec')]),
+        Family('container_memory_working_set_bytes', 'Working set.', [
+            (labels, size) for labels, cgroup in cgroups for size in [working_set(cgroup)] if size is not None]),
         Family('container_memory_failures_total', 'Page faults by type.', [
-            ({**labels, 'failure_type': kind, 'scope': 'container'}, getattr(cgroup.memory.stat, kind))
+            (label_text({'failure_type': kind, 'scope': 'hierarchy'}, labels), getattr(cgroup.memory.stat, kind))
             for labels, cgroup in cgroups for kind in ('pgfault', 'pgmajfault') if cgroup.memory.stat.HasField(kind)]),
-        *families_of(CGROUP_SAMPLES, cgroups, 'container_'),
+        Family('container_spec_cpu_shares', 'CPU shares, those of v1.', [
+            (labels, cgroup.cpu.shares if cgroup.cpu.HasField('shares') else shares_of(cgroup.cpu.weight))
+            for labels, cgroup in cgroups if cgroup.cpu.HasField('shares') or cgroup.cpu.HasField('weight')]),
+        *families_of(CGROUP_SAMPLES, cgroups),
+        Family('container_last_seen', 'When it was read, in Unix seconds.', [
+            (labels, cgroup.timestamp_ns / 1e9) for labels, cgroup in cgroups if cgroup.timestamp_ns]),
         *families_of(CONTAINER_SAMPLES, containers),
-        *families_of(IO_SAMPLES, [({**labels, 'device': device.device}, device)
+        *families_of(LAYER_SAMPLES, [(labels, layer) for labels, _, layer in layers]),
+        *families_of(LAYER_DISK_SAMPLES, [(labels, disk) for labels, disk, _ in layers]),
+        *families_of(IO_SAMPLES, [(label_text({'device': disks.get(device.device, device.device)}, labels), device)
                                   for labels, cgroup in cgroups for device in cgroup.io.stat]),
-        *families_of(POD_INTERFACE_SAMPLES, [({**labels, 'interface': interface.name}, interface)
-                                             for labels, pod in by_pod for interface in pod.network_interfaces]),
-        *families_of(CGROUP_SAMPLES, [(labels, pod.cgroup) for labels, pod in by_pod if pod.HasField('cgroup')],
-                     'kubensage_pod_')]
+        *families_of(POD_INTERFACE_SAMPLES, [
+            (label_text({'interface': interface.name}, labels), interface)
+            for labels, pod in pods for interface in pod.network_interfaces])]
 
 
 def own_families(metrics: wire.Metrics) -> List[Family]:
-    """The agent, the runtime, the services."""
+    """The agent, the runtime."""
     agent, runtime = metrics.agent_metrics, metrics.node_metrics.container_runtime
-    services = [({'service': service.name}, service.cgroup) for service in metrics.node_metrics.services]
-    counts = (
-        ('kubensage_backlog_dropped_total', 'Snapshots that were not delivered.', 'cause', agent.backlog.dropped_total),
-        ('kubensage_runtime_condition', 'Whether the runtime reports this condition.', 'condition', runtime.conditions),
-        ('kubensage_runtime_sandboxes', 'Pod sandboxes by state.', 'state', runtime.sandboxes),
-        ('kubensage_runtime_containers', 'Containers by state.', 'state', runtime.containers))
+    failing = {subject.partition(': ')[0] for subject in agent.failing_subjects}
     return [
         Family('kubensage_agent_failures_total', 'Cycles in which a file, or all, of a subject failed.', [
-            ({'subject': subject, 'file': file}, count) for key, count in sorted(agent.failures_total.items())
-            for subject, _, file in [key.partition(': ')]]),
-        Family('kubensage_agent_info', 'The agent.', [({'version': agent.version}, 1)]),
-        Family('kubensage_snapshot_timestamp_seconds', 'When the snapshot was taken.', [({}, metrics.timestamp)]),
+            (label_text({'subject': subject, 'file': file}), count)
+            for key, count in sorted(agent.failures_total.items()) for subject, _, file in [key.partition(': ')]]),
+        one('kubensage_agent_info', 'The agent.', 1, version=agent.version),
+        one('node_exporter_build_info', 'This agent, in the place of node_exporter.', 1, version=agent.version),
+        one('node_textfile_scrape_error', 'There are no text files to read.', 0),
+        by_key('node_scrape_collector_duration_seconds', 'Time that a subject took.', 'collector',
+               agent.subject_seconds),
+        by_key('node_scrape_collector_success', 'Whether a subject could be read.', 'collector',
+               {subject: subject not in failing for subject in agent.subject_seconds}),
+        one('kubensage_snapshot_timestamp_seconds', 'When the snapshot was taken.', metrics.timestamp),
+        one('node_time_seconds', 'The time of the node.', agent.timestamp_ns / 1e9),
         Family('kubensage_runtime_info', 'The container runtime.', [
-            ({'name': runtime.name, 'version': runtime.version}, 1)] if runtime.name else []),
-        *(Family(name, text, [({label: key}, value) for key, value in sorted(by_key.items())])
-          for name, text, label, by_key in counts),
-        *families_of(AGENT_SAMPLES, [({}, agent)]),
-        *families_of(CRI_SAMPLES, [({'method': call.method}, call) for call in agent.cri_methods]),
-        *families_of(CGROUP_SAMPLES, services, 'kubensage_service_')]
+            (label_text({'name': runtime.name, 'version': runtime.version}), 1)] if runtime.name else []),
+        by_key('kubensage_backlog_dropped_total', 'Snapshots that were not delivered.', 'cause',
+               agent.backlog.dropped_total),
+        by_key('kubensage_runtime_condition', 'Whether the runtime reports this condition.', 'condition',
+               runtime.conditions),
+        by_key('kubensage_runtime_sandboxes', 'Pod sandboxes by state.', 'state', runtime.sandboxes),
+        by_key('kubensage_runtime_containers', 'Containers by state.', 'state', runtime.containers),
+        *families_of(AGENT_SAMPLES, [('', agent)]),
+        *families_of(CRI_SAMPLES, [(label_text({'method': call.method}), call) for call in agent.cri_methods])]
 
 
-def render_sample(name: str, labels: Labels, value: float) -> str:
-    pairs = []
-    for key, label in labels.items():
-        escaped = printable(label).replace('\\', '\\\\').replace('"', '\\"')
-        pairs.append(f'{key}="{escaped}"')
-    number = str(int(value)) if math.isfinite(value) and value == int(value) else repr(float(value))
-    return f'{name}{{{",".join(pairs)}}} {number}\n' if pairs else f'{name} {number}\n'
+def render_number(value: float) -> str:
+    if type(value) is int:
+        return str(value)
+    return repr(float(value)) if not math.isfinite(value) or value % 1 else str(int(value))
 
 
 def render_family(family: Family, openmetrics: bool) -> str:
@@ -4900,13 +5314,27 @@ def render_family(family: Family, openmetrics: bool) -> str:
         kind = 'unknown' if openmetrics else 'untyped'
     name = family.name[:-len('_total')] if openmetrics and kind == 'counter' else family.name
     head = f'# HELP {name} {family.help}\n# TYPE {name} {kind}\n'
-    return head + ''.join(render_sample(family.name, labels, value) for labels, value in family.samples)
+    name = family.name
+    lines = [f'{name}{{{labels}}} {render_number(value)}\n' if labels else f'{name} {render_number(value)}\n'
+             for labels, value in family.samples]
+    return head + ''.join(lines)
+
+
+def render_families(metrics: wire.Metrics, part: str, openmetrics: bool) -> Iterator[str]:
+    """`/metrics` has the node and the agent, `/metrics/cadvisor` the containers. Families without a sample are left
+    out."""
+    families = container_families(metrics) if part == CADVISOR else (
+        node_families(metrics.node_metrics) + own_families(metrics))
+    return (render_family(family, openmetrics) for family in families if family.samples)
+
+
+def render_part(metrics: wire.Metrics, part: str, openmetrics: bool) -> str:
+    return ''.join(render_families(metrics, part, openmetrics))
 
 
 def render_prometheus(metrics: wire.Metrics, openmetrics: bool = False) -> str:
-    """A snapshot in Prometheus' text format, or OpenMetrics without its end. Families without a sample are left out."""
-    families = node_families(metrics.node_metrics) + pod_families(metrics.pod_metrics) + own_families(metrics)
-    return ''.join(render_family(family, openmetrics) for family in families if family.samples)
+    """A snapshot in Prometheus' text format, or OpenMetrics without its end."""
+    return render_part(metrics, NODE, openmetrics) + render_part(metrics, CADVISOR, openmetrics)
 
 
 # --- HTTP
@@ -4923,6 +5351,8 @@ HTTP_POLL_SECONDS = 0.1
 # How old the last snapshot may be before the agent calls itself unhealthy: so many intervals, and at least so long.
 HEALTHY_INTERVALS, HEALTHY_SECONDS = 3, 15
 TEXT_TYPE = 'text/plain; version=0.0.4; charset=utf-8'
+# The next one takes twice the time for 5 % less.
+GZIP_LEVEL = 1
 OPENMETRICS = 'application/openmetrics-text'
 OPENMETRICS_TYPE = f'{OPENMETRICS}; version=1.0.0; charset=utf-8'
 
@@ -4946,22 +5376,37 @@ class Published:
         self.interval = interval
         self.taken = time.monotonic()
         self.rendering = threading.Lock()
-        # By whether it is OpenMetrics, the sequence number of the snapshot that was rendered last, and its text.
-        self.rendered: Dict[bool, Tuple[int, bytes]] = {}
+        # By part, format and compression, the sequence number of the snapshot that was rendered last, and its text,
+        # family by family.
+        self.rendered: Dict[Tuple[str, bool, bool], Tuple[int, List[bytes]]] = {}
 
 
-def exposition(published: Published, openmetrics: bool) -> Optional[Tuple[bytes, bytes]]:
+def gzip_member(texts: Iterable[bytes]) -> List[bytes]:
+    """Several of them are one gzip (RFC 1952)."""
+    packer = zlib.compressobj(GZIP_LEVEL, wbits=31)
+    return [*map(packer.compress, texts), packer.flush()]
+
+
+def rendered(published: Published, metrics: wire.Metrics, part: str, openmetrics: bool, packed: bool) -> List[bytes]:
+    """The text of the snapshot, made once."""
+    number, texts = published.rendered.get((part, openmetrics, packed), (None, []))
+    if number != metrics.agent_metrics.sequence:
+        made = map(str.encode, render_families(metrics, part, openmetrics))
+        number, texts = metrics.agent_metrics.sequence, gzip_member(made) if packed else list(made)
+        published.rendered[part, openmetrics, packed] = number, texts
+    return texts
+
+
+def exposition(published: Published, part: str, openmetrics: bool, packed: bool) -> Optional[List[bytes]]:
     """The text of the last snapshot, which those who ask share, and its age now; None before there is one."""
     with published.rendering:
         metrics, age_seconds = published.metrics, time.monotonic() - published.taken
         if metrics is None:
             return None
-        rendered, text = published.rendered.get(openmetrics, (None, b''))
-        if rendered != metrics.agent_metrics.sequence:
-            text = render_prometheus(metrics, openmetrics).encode()
-            published.rendered[openmetrics] = metrics.agent_metrics.sequence, text
-    age = Family('kubensage_snapshot_age_seconds', 'Time since the snapshot was taken.', [({}, age_seconds)])
-    return text, (render_family(age, openmetrics) + ('# EOF\n' if openmetrics else '')).encode()
+        texts = rendered(published, metrics, part, openmetrics, packed)
+    age = one('kubensage_snapshot_age_seconds', 'Time since the snapshot was taken.', age_seconds)
+    end = ('' if part == CADVISOR else render_family(age, openmetrics)) + ('# EOF\n' if openmetrics else '')
+    return texts + (gzip_member([end.encode()]) if packed else [end.encode()])
 
 
 def prefers_openmetrics(accept: str) -> bool:
@@ -4975,12 +5420,12 @@ def prefers_openmetrics(accept: str) -> bool:
     return 0 < weights[OPENMETRICS] >= weights['text/plain']
 
 
-def http_answer(published: Published, path: str, accept: str) -> Tuple[int, str, Sequence[bytes]]:
+def http_answer(published: Published, path: str, accept: str, packed: bool) -> Tuple[int, str, Sequence[bytes]]:
     """Status, content type and the parts of the body for a GET."""
     path = path.partition('?')[0]
-    if path == '/metrics':
+    if path in (NODE, CADVISOR):
         openmetrics = prefers_openmetrics(accept)
-        body = exposition(published, openmetrics)
+        body = exposition(published, path, openmetrics, packed)
         if body is None:
             return 503, 'text/plain', [b'no snapshot yet\n']
         return 200, OPENMETRICS_TYPE if openmetrics else TEXT_TYPE, body
@@ -4989,7 +5434,7 @@ def http_answer(published: Published, path: str, accept: str) -> Tuple[int, str,
         if age > max(HEALTHY_SECONDS, HEALTHY_INTERVALS * published.interval):
             trouble = f'no snapshot for {age:.0f} s'
         return 503 if trouble else 200, 'text/plain', [f'{trouble or "ok"}\n'.encode()]
-    return 404, 'text/plain', [b'404: only /metrics and /healthz are served\n']
+    return 404, 'text/plain', [b'404: only /metrics, /metrics/cadvisor and /healthz are served\n']
 
 
 def read_request(connection: socket.socket) -> bytes:
@@ -5027,8 +5472,12 @@ def http_server(published: Published) -> Any:
             return self.send_error(431)
 
         def do_GET(self) -> None:
-            status, content_type, body = http_answer(published, self.path, ','.join(self.headers.get_all('Accept', ())))
+            accept, packings = (','.join(self.headers.get_all(name, ())) for name in ('Accept', 'Accept-Encoding'))
+            packed = bool(re.search(r'\bgzip\b(?!\s*;\s*q=0(\.0*)?\s*(,|$))', packings))
+            status, content_type, body = http_answer(published, self.path, accept, packed)
             self.send_response(status)
+            if packed and content_type in (TEXT_TYPE, OPENMETRICS_TYPE):
+                self.send_header('Content-Encoding', 'gzip')
             self.send_header('Content-Type', content_type)
             self.send_header('Content-Length', str(sum(map(len, body))))
             self.end_headers()

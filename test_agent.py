@@ -218,10 +218,41 @@ UDPLITE: inuse 0
 RAW: inuse 0
 FRAG: inuse 0 memory 0
 '''
-# kernel 6.12, Debian 13, x86_64: two CPUs; the last columns left out
-SOFTNET_STAT = '''\
-000021d7 00000000 0000001c 00000000 00000000 00000000 00000000 00000000 00000000 00000000
-00002760 00000000 0000001c 00000000 00000000 00000000 00000000 00000000 00000000 00000000
+# kernel 6.12, Debian 13, x86_64: two CPUs
+ZERO_COLUMNS = ' 00000000' * 9
+SOFTNET_STAT = f'''\
+000021d7 00000000 0000001c{ZERO_COLUMNS} 00000000 00000000 00000000
+00002760 00000000 0000001c{ZERO_COLUMNS} 00000001 00000000 00000000
+'''
+# kernel 6.12, Debian 13, x86_64; padding shortened, and of the sockets some, without the last columns
+ARP = '''\
+IP address       HW type     Flags       HW address            Mask     Device
+10.88.0.2        0x1         0x2         a2:8f:a8:88:d3:f5     *        cni0
+10.0.2.2         0x1         0x2         52:55:0a:00:02:02     *        enp0s3
+'''
+TCP = '''\
+  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode
+   0: 00000000:0016 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 3414 1
+   1: 0100007F:A921 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 3683 1
+   2: 0F02000A:0016 0202000A:87D8 01 00000000:00000000 02:000AAB8C 00000000     0        0 3556 2
+'''
+UDP = '''\
+   sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode ref
+ 1836: 0F02000A:0044 00000000:0000 07 00000000:00000000 00:00000000 00000000   998        0 3345 2
+'''
+# scheduler/sched-stats.rst, version 15
+SCHEDSTAT = '''\
+version 15
+timestamp 4294937241
+cpu0 1 2 3 4 5 6 7000000007 8000000008 9
+domain0 3 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31 32 33 34 35 36
+cpu1 11 12 13 14 15 16 17000000017 18000000018 19
+'''
+# net/sunrpc/stats.c, fs/nfs; the counts of the procedures shortened
+RPC_NFS = '''\
+net 1 2 3 4
+rpc 5 6 7
+proc4 3 1 2 3
 '''
 # Debian 13; without the addresses
 OS_RELEASE = '''\
@@ -277,10 +308,15 @@ NODE = {
     'proc/sys/fs/file-nr': FILE_NR,
     'proc/sys/kernel/threads-max': '31175\n',
     'proc/sys/kernel/pid_max': '4194304\n',
+    'proc/sys/kernel/random/entropy_avail': '255\n', 'proc/sys/kernel/random/poolsize': '256\n',
+    'proc/sys/kernel/hung_task_detect_count': '1\n',
     'proc/sys/net/netfilter/nf_conntrack_count': '129\n',
     'proc/sys/net/netfilter/nf_conntrack_max': '65536\n',
     'proc/1/net/snmp': SNMP, 'proc/1/net/netstat': NETSTAT, 'proc/1/net/sockstat': SOCKSTAT,
-    'proc/1/net/softnet_stat': SOFTNET_STAT, 'proc/1/statm': f'9 {2 ** 20 // agent.PAGE_SIZE_BYTES} 3 4 5 6 7\n',
+    'proc/1/net/softnet_stat': SOFTNET_STAT, 'proc/1/net/arp': ARP, 'proc/1/net/tcp': TCP, 'proc/1/net/udp': UDP,
+    'proc/1/net/rpc/nfs': RPC_NFS,
+    'proc/schedstat': SCHEDSTAT,
+    'proc/1/statm': f'9 {2 ** 20 // agent.PAGE_SIZE_BYTES} 3 4 5 6 7\n',
     'proc/1/comm': 'systemd\n',
     'proc/1/mountinfo': MOUNTINFO,
     'proc/1/net/dev': NET_DEV,
@@ -305,7 +341,10 @@ NODE = {
     'sys/class/net/enp0s3/ifindex': '2\n', 'sys/class/net/enp0s3/mtu': '1500\n',
     'sys/class/net/enp0s3/flags': '0x1003\n', 'sys/class/net/enp0s3/address': '52:54:00:d1:3d:13\n',
     'sys/class/net/enp0s3/operstate': 'up\n', 'sys/class/net/enp0s3/carrier': '1\n',
-    'sys/class/net/enp0s3/speed': '-1\n', 'sys/fs/cgroup/cgroup.controllers': 'cpu io memory pids\n',
+    'sys/class/net/enp0s3/speed': '-1\n', 'sys/class/net/enp0s3/statistics/rx_nohandler': '21\n',
+    'sys/fs/cgroup/cgroup.controllers': 'cpu io memory pids\n',
+    'sys/fs/cgroup/cpu.stat': 'usage_usec 277710\nuser_usec 113250\nsystem_usec 164460\n',
+    'sys/fs/cgroup/cpu.pressure': PRESSURE_CPU,
     'sys/fs/cgroup/system.slice/kubelet.service/cpu.stat': CPU_STAT,
     'sys/fs/cgroup/system.slice/kubelet.service/memory.current': '7258112\n',
     'sys/fs/cgroup/system.slice/ssh.service/cpu.stat': CPU_STAT,
@@ -494,6 +533,16 @@ class Case(unittest.TestCase):
                                   encoding='utf-8', env={**os.environ, 'LC_ALL': 'C'}).stdout
         except (OSError, subprocess.CalledProcessError) as error:
             self.skipTest(f'{command[0]}: {error}')
+
+    def complaints(self, text):
+        """What promtool says of an exposition, but of names that are node_exporter's."""
+        self.tool('promtool', '--version')
+        run = self.spawn(['promtool', 'check', 'metrics'], stdin=subprocess.PIPE, stderr=subprocess.STDOUT)
+        said, _ = run.communicate(text, PATIENCE_SECONDS)
+        return [line for line in said.splitlines() if not re.fullmatch(
+            r"node_\w+ (metric names should be written in 'snake_case' not 'camelCase'|"
+            r'use base unit "bytes" instead of "bits"|'
+            r'non-histogram and non-summary metrics should not have "_count" suffix)', line)]
 
     def check_parse(self, parse, accepted, malformed):
         """accepted: what it is → (text, value); malformed: what it is → (text, the part that the error names), and of
@@ -1347,6 +1396,24 @@ class CpuTest(Case):
             'processor is no number': ('processor: first\n', 'first', {}),
         })
 
+    def test_schedstat(self):
+        """Lines of another form are skipped, as those of the domains are."""
+        def times(*numbers):
+            return dict(zip(('run_ns', 'wait_ns', 'timeslices'), numbers))
+        self.check_parse(agent.parse_schedstat, {
+            'columns in order': (SCHEDSTAT, {0: times(7000000007, 8000000008, 9),
+                                             1: times(17000000017, 18000000018, 19)}),
+            'cut': (f'cpu0 {columns(1, 8)}\ncpu1 {columns(1, 9)}\n', {1: times(7, 8, 9)}),
+            'not a number': (f'cpu0 {columns(1, 8)} x\n', {}), 'empty': ('', {}),
+        }, {})
+
+    def test_time_that_tasks_ran_and_waited_is_that_of_their_cpu(self):
+        stat = f'cpu0 {columns(1, 10)}\ncpu1 {columns(1, 10)}\ncpu2 {columns(1, 10)}\n'
+        node = self.collect({'proc/stat': stat, 'proc/schedstat': SCHEDSTAT})
+        names = 'cpu', 'run_ns', 'wait_ns', 'timeslices'
+        self.assertEqual([(0, 7000000007, 8000000008, 9), (1, 17000000017, 18000000018, 19), (2, None, None, None)],
+                         [tuple(agent.known(cpu, name) for name in names) for cpu in node.cpu_infos])
+
     def test_percent_is_busy_of_elapsed_time(self):
         zero = CpuTimes(0, 0, 0, 0)
         self.check_table(agent.cpu_percent, [
@@ -1488,8 +1555,15 @@ class LoadAndLimitsTest(Case):
 
     def test_conntrack_is_absent_until_its_module_is_loaded(self):
         roots = self.tree({path: text for path, text in NODE.items() if 'conntrack' not in path})
-        self.assertEqual({'file_nr_allocated', 'file_nr_max', 'threads_max', 'pid_max'},
-                         {*present(collected(agent.collect_limits, roots).kernel_limits)})
+        self.assertEqual(['file_nr_allocated', 'file_nr_max', 'threads_max', 'pid_max', 'entropy_avail', 'poolsize',
+                          'hung_task_detect_count'], present(collected(agent.collect_limits, roots).kernel_limits))
+
+    def test_each_limit_is_in_its_field(self):
+        paths = {path for path in NODE if path.startswith('proc/sys/') and NODE[path].strip().isdigit()}
+        roots = self.tree({path: f'{number}\n' for number, path in enumerate(sorted(paths), 1)})
+        self.assertEqual(wire.KernelLimits(
+            hung_task_detect_count=1, pid_max=2, entropy_avail=3, poolsize=4, threads_max=5, nf_conntrack_count=6,
+            nf_conntrack_max=7), collected(agent.collect_limits, roots).kernel_limits)
 
     def test_load_and_limits_are_those_of_uptime_and_sysctl(self):
         def oracle():
@@ -1713,10 +1787,10 @@ class FileSystemsTest(Case):
             return message
         counted = dict(total=51200, inodes=6, inodes_free=8)
         self.check_table(usage, [
-            ((100, 70, 30, 6), wire.DiskUsage(used=15360, free=15360, used_percent=50.0, **counted)),
-            ((100, 0, 0), wire.DiskUsage(used=51200, free=0, used_percent=100.0, **counted)),
+            ((100, 70, 30, 6), wire.DiskUsage(used=15360, free=15360, used_percent=50.0, bytes_free=35840, **counted)),
+            ((100, 0, 0), wire.DiskUsage(used=51200, free=0, used_percent=100.0, bytes_free=0, **counted)),
             # As a server may say that has more free blocks than blocks.
-            ((100, 101, 0, 0), wire.DiskUsage(total=51200, used=0, free=0)),
+            ((100, 101, 0, 0), wire.DiskUsage(total=51200, used=0, free=0, bytes_free=51712)),
         ])
 
     def test_device_is_named_as_the_kernel_names_it(self):
@@ -1842,7 +1916,7 @@ class StuckMountTest(Case):
 
     def test_they_are_waited_for_once_and_reported_until_they_are_back(self):
         self.patch(LONGEST_PATIENCE_SECONDS=0.5)
-        known = ['total', 'used', 'free', 'used_percent', 'inodes', 'read_only']
+        known = ['total', 'used', 'free', 'used_percent', 'inodes', 'read_only', 'bytes_free']
         expected = {'good': known, 'nfs': ['stuck'], 'bad': ['error'], 'smb': ['stuck']}
         failed = {f'mount /{name}' for name in ('nfs', 'bad', 'smb')}
         for waits in True, False, False:
@@ -1908,14 +1982,14 @@ DISK_COLUMNS = ('read_ios read_merges read_sectors read_ticks write_ios write_me
                 'flush_ticks').split()
 
 
-def disk_columns(first, count):
-    return dict(zip(DISK_COLUMNS[:count], range(first, first + count)))
+def disk_columns(first, count, device_number='8:0'):
+    return {**dict(zip(DISK_COLUMNS[:count], range(first, first + count))), 'device_number': device_number}
 
 
 class DiskIoTest(Case):
     def test_diskstats(self):
         self.check_parse(agent.parse_diskstats, {
-            **{what: (f'   8       0 sda {columns(1, count)}', {'sda': disk_columns(1, count)})
+            **{what: (f' 254      16 sda {columns(1, count)}', {'sda': disk_columns(1, count, '254:16')})
                for what, count in (('oldest', 11), ('since 4.18', 15), ('since 5.5', 17), ('extra column', 18))},
             'empty': ('', {}),
         }, {
@@ -1936,6 +2010,15 @@ class DiskIoTest(Case):
                           wire.DiskStats(device='sdb', **disk_columns(101, 11))], list(node.diskstats))
         self.assertEqual(wire.DiskIOSummary(total_read_bytes=512 * (3 + 103), total_write_bytes=512 * (7 + 107),
                                             total_read_ops=1 + 101, total_write_ops=5 + 105), node.disk_io_summary)
+
+    def test_namespace_counts_what_its_paths_do_not(self):
+        """Of NVMe with several paths: one that has done nothing since boot has a number of its own none the less."""
+        node = collected(agent.collect_disk_io, self.write({
+            'proc/diskstats': f'259 0 nvme0n1 {"0 " * 11}\n259 1 nvme0c0n1 {columns(1, 11)}\n',
+            'sys/block/nvme0n1/size': '1\n', 'sys/block/nvme0c0n1/size': '1\n',
+            'sys/block/nvme0c0n1/hidden': '1\n'}))
+        self.assertEqual((['259:0', '259:1'], 1), ([disk.device_number for disk in node.diskstats],
+                                                   node.disk_io_summary.total_read_ops))
 
     def test_only_whole_disks_count(self):
         whole = 'vda nvme0n1 cciss!c0d0 mmcblk0 nbd0 rbd0'.split()
@@ -2010,6 +2093,12 @@ class NetworkTest(Case):
             ('0x9', ['up', 'loopback']), ('0x1003', ['up', 'broadcast', 'multicast']),
             ('0x10d1', ['up', 'pointtopoint', 'multicast']),
             ('0xffff', ['up', 'broadcast', 'loopback', 'pointtopoint', 'multicast']), ('0x0', [])])
+
+    def test_packets_that_nobody_took_are_those_of_the_statistics(self):
+        def not_taken(**files):
+            return agent.known(self.links(f'eth0: {columns(1, 16)}\n', **files)[1], 'rx_nohandler')
+        self.assertEqual([7, 0, None], [not_taken(**{'statistics/rx_nohandler': 7}),
+                                        not_taken(**{'statistics/rx_nohandler': 0}), not_taken()])
 
     def test_link_that_is_down_has_no_speed(self):
         names = 'operstate', 'carrier', 'speed'
@@ -2245,6 +2334,204 @@ class AddressesTest(Case):
         self.assertIn(self.live().primary_ipv4.value, usable or [''])
 
 
+# --- hardware
+
+# A machine after the kernel's documents: by directory below /sys its files and what they say.
+HARDWARE_TEXTS = {
+    # hwmon/sysfs-interface.rst, hwmon/coretemp.rst
+    'class/hwmon/hwmon0': 'name coretemp, temp1_label Package id 0, temp1_input 41000, temp1_max 84000, '
+                          'temp1_crit 100000, temp1_crit_hyst 90000, temp1_crit_alarm 1000, temp2_input -1500',
+    'class/hwmon/hwmon1': 'name nct6775, temp1_input 33500, temp1_alarm 1, fan1_input 2100, fan1_label 1, '
+                          'fan1_min 600, fan1_alarm 0, in0_input 1224, in0_min 1100, curr1_input 1500, '
+                          'energy1_input 7000000, power1_average 31000000, humidity1_input 45000',
+    # ABI/testing/sysfs-class-thermal
+    'class/thermal/thermal_zone0': 'type x86_pkg_temp, temp 42500, policy step_wise, mode enabled',
+    'class/thermal/cooling_device3': 'type Processor, cur_state 2, max_state 10',
+    # ABI/testing/sysfs-class-power
+    'class/power_supply/AC': 'type Mains, online 1',
+    'class/power_supply/BAT0': 'type Battery, capacity 87, voltage_now 12100000, current_now 1300000, '
+                               'power_now 15700000, energy_now 41000000',
+    # admin-guide/md.rst
+    'block/md0/md': 'raid_disks 3, array_state clean, level raid5',
+    'block/md0/md/dev-sda1': 'state in_sync', 'block/md0/md/dev-sdb1': 'state in_sync;write_mostly',
+    'block/md0/md/dev-sdc1': 'state faulty', 'block/md0/md/dev-sdd1': 'state write_mostly;spare',
+    'block/md0/md/dev-sde1': 'state journal',
+    # networking/bonding.rst
+    'class/net/bond0/bonding': 'slaves eth1 eth2, mii_status up, active_slave eth1',
+    'class/net/bond0/lower_eth1/bonding_slave': 'mii_status up',
+    'class/net/bond0/lower_eth2/bonding_slave': 'mii_status down',
+    # ABI/testing/sysfs-devices-edac
+    'devices/system/edac/mc/mc0': 'ce_count 3, ue_count 1, ce_noinfo_count 0, ue_noinfo_count 0',
+    'devices/system/edac/mc/mc0/csrow0': 'ce_count 4, ue_count 5',
+    # admin-guide/pm/cpufreq.rst, ABI/testing/sysfs-devices-system-cpu
+    **{f'devices/system/cpu/cpu{cpu}/cpufreq': (
+        f'scaling_cur_freq {1200000 + cpu}, scaling_min_freq {900000 + cpu}, scaling_max_freq {3400000 + cpu}, '
+        f'cpuinfo_min_freq {800000 + cpu}, cpuinfo_max_freq {3500000 + cpu}, scaling_governor powersave, '
+        'scaling_available_governors performance powersave, scaling_driver intel_pstate') for cpu in (0, 1)},
+    **{f'devices/system/cpu/cpu{cpu}/thermal_throttle': f'core_throttle_count {cpu + 5}, package_throttle_count 7'
+       for cpu in (0, 1)},
+    # ABI/testing/sysfs-firmware-dmi-entries; kernel 6.12, Debian 13, x86_64
+    'class/dmi/id': 'bios_date 04/01/2014, bios_vendor SeaBIOS, bios_version 1.16.2-debian-1.16.2-1, product_name d13, '
+                    'sys_vendor QEMU, product_version pc-q35-7.2, chassis_vendor QEMU, chassis_version 7, '
+                    'product_serial cap-d13',
+}
+HARDWARE_FILES = {directory: {name: text.replace(';', ',') for name, text in (
+    file.split(' ', 1) for file in files.split(', '))} for directory, files in HARDWARE_TEXTS.items()}
+HARDWARE = {f'sys/{directory}/{name}': f'{text}\n' for directory, files in HARDWARE_FILES.items()
+            for name, text in files.items()}
+# What is not of interest, or not for every reader.
+HARDWARE_UNREAD = re.compile('/(policy|mode|level|active_slave|bonding/mii_status|scaling_[agd].*|product_serial)$')
+HARDWARE_SAMPLES = '''\
+node_bonding_active{master="bond0"} 1
+node_bonding_slaves{master="bond0"} 2
+node_cooling_device_cur_state{name="3",type="Processor"} 2
+node_cooling_device_max_state{name="3",type="Processor"} 10
+node_cpu_frequency_max_hertz{cpu="0"} 3500000000
+node_cpu_frequency_max_hertz{cpu="1"} 3500001000
+node_cpu_frequency_min_hertz{cpu="0"} 800000000
+node_cpu_frequency_min_hertz{cpu="1"} 800001000
+node_cpu_scaling_frequency_hertz{cpu="0"} 1200000000
+node_cpu_scaling_frequency_hertz{cpu="1"} 1200001000
+node_cpu_scaling_frequency_max_hertz{cpu="0"} 3400000000
+node_cpu_scaling_frequency_max_hertz{cpu="1"} 3400001000
+node_cpu_scaling_frequency_min_hertz{cpu="0"} 900000000
+node_cpu_scaling_frequency_min_hertz{cpu="1"} 900001000
+node_dmi_info{bios_date="04/01/2014",bios_vendor="SeaBIOS",bios_version="1.16.2-debian-1.16.2-1",chassis_vendor="QEMU",\
+chassis_version="7",product_name="d13",product_version="pc-q35-7.2",system_vendor="QEMU"} 1
+node_edac_correctable_errors_total{controller="0"} 3
+node_edac_csrow_correctable_errors_total{controller="0",csrow="0"} 4
+node_edac_csrow_uncorrectable_errors_total{controller="0",csrow="0"} 5
+node_edac_uncorrectable_errors_total{controller="0"} 1
+node_hwmon_chip_names{chip="coretemp",chip_name="coretemp"} 1
+node_hwmon_chip_names{chip="nct6775",chip_name="nct6775"} 1
+node_hwmon_curr_amps{chip="nct6775",sensor="curr1"} 1.5
+node_hwmon_energy_joule_total{chip="nct6775",sensor="energy1"} 7
+node_hwmon_fan_alarm{chip="nct6775",sensor="fan1"} 0
+node_hwmon_fan_min_rpm{chip="nct6775",sensor="fan1"} 600
+node_hwmon_fan_rpm{chip="nct6775",sensor="fan1"} 2100
+node_hwmon_humidity{chip="nct6775",sensor="humidity1"} 0.045
+node_hwmon_in_min_volts{chip="nct6775",sensor="in0"} 1.1
+node_hwmon_in_volts{chip="nct6775",sensor="in0"} 1.224
+node_hwmon_power_average_watt{chip="nct6775",sensor="power1"} 31
+node_hwmon_sensor_label{chip="coretemp",sensor="temp1",label="Package id 0"} 1
+node_hwmon_sensor_label{chip="nct6775",sensor="fan1",label="1"} 1
+node_hwmon_temp_alarm{chip="nct6775",sensor="temp1"} 1
+node_hwmon_temp_celsius{chip="coretemp",sensor="temp1"} 41
+node_hwmon_temp_celsius{chip="coretemp",sensor="temp2"} -1.5
+node_hwmon_temp_celsius{chip="nct6775",sensor="temp1"} 33.5
+node_hwmon_temp_crit_alarm_celsius{chip="coretemp",sensor="temp1"} 1
+node_hwmon_temp_crit_celsius{chip="coretemp",sensor="temp1"} 100
+node_hwmon_temp_crit_hyst_celsius{chip="coretemp",sensor="temp1"} 90
+node_hwmon_temp_max_celsius{chip="coretemp",sensor="temp1"} 84
+node_md_disks_required{device="md0"} 3
+node_md_disks{device="md0",state="active"} 2
+node_md_disks{device="md0",state="failed"} 1
+node_md_disks{device="md0",state="spare"} 1
+node_power_supply_capacity{power_supply="BAT0"} 87
+node_power_supply_current_ampere{power_supply="BAT0"} 1.3
+node_power_supply_energy_watthour{power_supply="BAT0"} 41
+node_power_supply_online{power_supply="AC"} 1
+node_power_supply_power_watt{power_supply="BAT0"} 15.7
+node_power_supply_voltage_volt{power_supply="BAT0"} 12.1
+node_thermal_zone_temp{zone="0",type="x86_pkg_temp"} 42.5
+'''
+
+
+class HardwareTest(Case):
+    def setUp(self):
+        super().setUp()
+        self.state = agent.NodeState(1)
+
+    def collect(self, files=HARDWARE, now=None, **patience):
+        """By its path what is said of each device; what failed is in `failures`."""
+        self.patch(LONGEST_PATIENCE_SECONDS=patience.get('patience', PATIENCE_SECONDS))
+        roots = self.write(files)
+        cycle = agent.Cycle(roots, 5, {}, now)
+        self.devices = collected(agent.collect_node, roots, self.state, cycle).devices
+        self.failures = cycle.failures
+        return {device.path: {**device.numbers, **device.texts} for device in self.devices}
+
+    def test_each_file_is_a_number_or_a_text_of_its_device(self):
+        # A label, and what a manufacturer writes, is a text, also where that has digits alone.
+        expected = {directory: {name: int(text) if re.fullmatch(r'-?\d+', text) and not re.search(
+                                    '_label|_version', name) else text for name, text in files.items()
+                                if not HARDWARE_UNREAD.search(f'{directory}/{name}')}
+                    for directory, files in HARDWARE_FILES.items()}
+        self.assertEqual((expected, {}), (self.collect(), self.failures))
+
+    def test_samples_are_those_of_node_exporter(self):
+        self.collect()
+        text = agent.render_part(wire.Metrics(node_metrics=dict(devices=self.devices)), agent.NODE, False)
+        names = {line.partition('{')[0] for line in HARDWARE_SAMPLES.splitlines()}
+        self.assertEqual(HARDWARE_SAMPLES.splitlines(), sorted(
+            line for line in text.splitlines() if line.partition('{')[0] in names or '_hwmon_' in line[:16]))
+
+    def test_what_varies_is_read_each_time_and_the_rest_and_new_devices_once_a_minute(self):
+        chip, zone = 'class/hwmon/hwmon0', 'class/thermal/thermal_zone9'
+        files = below(f'sys/{chip}', HARDWARE_FILES[chip])
+        self.collect(files, 100)
+        files.update({f'sys/{chip}/temp1_input': '42000\n', f'sys/{chip}/temp1_max': '85000\n',
+                      f'sys/{zone}/temp': '5000\n', f'sys/{zone}/type': 'new\n'})
+        for now, maximum, new in (105, 84000, None), (159, 84000, None), (160, 85000, {'temp': 5000, 'type': 'new'}):
+            devices = self.collect(files, now)
+            self.assertEqual((42000, maximum, new), (devices[chip]['temp1_input'], devices[chip]['temp1_max'],
+                                                     devices.get(zone)))
+        shutil.rmtree(f'{self.directory}/sys/{zone}')
+        files = {path: text for path, text in files.items() if zone not in path}
+        self.assertEqual({'type': 'new'}, self.collect(files, 165)[zone])
+        self.assertNotIn(zone, self.collect(files, 220))
+
+    def test_file_that_fails_or_is_odd_costs_itself_and_is_no_failure(self):
+        chip = 'class/hwmon/hwmon0'
+        whole = self.collect(below(f'sys/{chip}', HARDWARE_FILES[chip]), 100)[chip]
+        for what, content, value in (('empty', b'', None), ('blank', b' \n', None), ('a word', b'n/a\n', 'n/a'),
+                                     ('a NUL', b'41\x0000\n', ...), ('not UTF-8', b'\xff\n', '\ufffd'),
+                                     ('a long text', b'x' * 5000, 'x' * agent.MAX_TEXT), ('EIO', None, None),
+                                     ('a huge number', b'9' * 30, '9' * 30), ('a fraction', b'1.5\n', '1.5')):
+            with self.subTest(what):
+                path = f'{self.directory}/sys/{chip}/temp1_input'
+                os.remove(path)
+                self.write({path: content}) if content is not None else os.symlink('/proc/self/mem', path)
+                found = self.collect({}, 105)[chip]
+                self.assertEqual({}, self.failures)
+                value = found.get('temp1_input') if value is ... else value
+                rest = {name: number for name, number in whole.items() if name != 'temp1_input'}
+                self.assertEqual({**rest, 'temp1_input': value} if value is not None else rest, found)
+                # Whatever it says, it can be shown.
+                renderings(wire.Metrics(node_metrics=dict(devices=self.devices)))
+
+    def test_sensor_that_does_not_answer_delays_nothing_and_what_was_known_stays(self):
+        chip = 'class/hwmon/hwmon0'
+        whole = self.collect(now=100)
+        path = f'{self.directory}/sys/{chip}/temp1_input'
+        os.remove(path)
+        os.mkfifo(path)
+        # At 165 everything is asked anew.
+        for now in 105, 110, 165:
+            began = time.monotonic()
+            found = self.collect({'proc/uptime': '7.0 8.0\n'}, now, patience=0.1)
+            self.assertEqual((whole, {'hardware: kernel'}), (found, {*self.failures}))
+            self.assertLess(time.monotonic() - began, 5)
+        with open(path, 'w') as sensor:
+            sensor.write('43000\n')
+        os.remove(path)
+        self.write({path: '44000\n'})
+        wait_for('the sensor', lambda: self.collect({}, 170)[chip].get('temp1_input') == 44000)
+        self.assertEqual({}, self.failures)
+
+    def test_machine_of_many_cpus_has_its_disks_and_sensors_all_the_same(self):
+        files = {f'sys/devices/system/cpu/cpu{cpu}/{directory}/{file}': f'{cpu}\n' for cpu in range(256)
+                 for directory, names in (('cpufreq', 'scaling_cur_freq scaling_min_freq scaling_max_freq '
+                                                      'cpuinfo_min_freq cpuinfo_max_freq'),
+                                          ('thermal_throttle', 'core_throttle_count package_throttle_count'))
+                 for file in names.split()}
+        devices = self.collect({**HARDWARE, **files})
+        self.assertEqual(set(), {path for path in HARDWARE_FILES if 'system/cpu' not in path} - devices.keys())
+
+    def test_machine_without_sensors_has_none(self):
+        self.assertEqual(({}, {}), (self.collect(NODE), self.failures))
+
+
 # --- network protocols
 
 # kernel 6.12, Debian 13, x86_64; some lines
@@ -2276,13 +2563,65 @@ class NetworkProtocolsTest(Case):
         }, {'not a number': ('TCP: inuse x\nRAW: inuse 1\n', "malformed line: 'TCP: inuse x'", {'RAW_inuse': 1})})
 
     def test_softnet_stat(self):
-        def softnet(*numbers):
-            return dict(zip(('processed', 'dropped', 'time_squeeze'), numbers))
-        self.check_parse(agent.parse_softnet_stat, {
-            'columns in order, summed': ('1 2 3 4\na b c d\n', softnet(11, 13, 15)),
-            'oldest': ('1 2 3\n', softnet(1, 2, 3)),
-            'empty': ('', {}),
-        }, {'cut': ('1 2 3\n1 2\n', ''), 'not hexadecimal': ('1 x 3\n', '')})
+        def softnet(text):
+            """The numbers by the names that a SoftnetStat has; no other name has a field."""
+            return [{name: row[name] for name in agent.field_names(wire.SoftnetStat) if name in row}
+                    for row in agent.parse_softnet_stat(text)]
+
+        oldest = dict(processed=1, dropped=2, time_squeeze=3)
+        newest = dict(received_rps=10, flow_limit_count=11, backlog_len=12)
+        self.check_parse(softnet, {
+            'columns in order, hexadecimal': ('1 2 3 4 5 6 7 8 9 a b c d e f\n', [dict(cpu=13, **oldest, **newest)]),
+            'a CPU that is offline has no line': (SOFTNET_STAT.partition('\n')[2], [dict(
+                cpu=1, processed=0x2760, dropped=0, time_squeeze=0x1c, received_rps=0, flow_limit_count=0,
+                backlog_len=0)]),
+            'oldest: CPUs in order': ('1 2 3\n1 2 3\n', [dict(cpu=0, **oldest), dict(cpu=1, **oldest)]),
+            'empty': ('', []),
+        }, {'cut': ('1 2\n', "malformed line: '1 2'"), 'not hexadecimal': ('1 x 3\n', "'1 x 3'")})
+
+    def test_arp(self):
+        self.check_parse(agent.parse_arp, {
+            'real': (ARP, {'cni0': 1, 'enp0s3': 1}),
+            'two of one': (ARP + ARP.splitlines()[1], {'cni0': 2, 'enp0s3': 1}),
+            'heading alone': ('IP address ...\n', {}), 'empty': ('', {}),
+        }, {'cut': (ARP + '10.88.0.3 0x1\n', "malformed line: '10.88.0.3 0x1'", {'cni0': 1, 'enp0s3': 1})})
+
+    def test_tcp(self):
+        def lines(*states):
+            return 'sl ...\n' + ''.join(f'0: 0100007F:A921 00000000:0000 {state} 0:0\n' for state in states)
+        # include/net/tcp_states.h
+        states = ('established syn_sent syn_recv fin_wait1 fin_wait2 time_wait close close_wait last_ack listen '
+                  'closing new_syn_recv').split()
+        self.check_parse(agent.parse_tcp, {
+            'real': (TCP, {'listen': 2, 'established': 1}),
+            'each state, as often as its number': (
+                lines(*(f'{state:02X}' for state in range(1, 13) for _ in range(state))),
+                dict(zip(states, range(1, 13)))),
+            'heading alone': (lines(), {}), 'empty': ('', {}),
+        }, {
+            'cut': (TCP + '3: 0100007F:A921\n', "malformed line: '3: 0100007F:A921'", {'listen': 2, 'established': 1}),
+            'a state that there is not': (lines('01', '7F'), '0000 7F 0:0', {'established': 1}),
+            'not hexadecimal': (lines('x', '06'), '0000 x 0:0', {'time_wait': 1}),
+        })
+
+    def test_udp(self):
+        def lines(*queues):
+            return 'sl ...\n' + ''.join(f'0: 0100007F:0035 00000000:0000 07 {queue} 0:0\n' for queue in queues)
+        self.check_parse(agent.parse_udp, {
+            'real': (UDP, {'tx': 0, 'rx': 0}), 'sums, hexadecimal': (lines('1:10', '2:20'), {'tx': 3, 'rx': 48}),
+            'heading alone': (lines(), {'tx': 0, 'rx': 0}), 'empty': ('', {'tx': 0, 'rx': 0}),
+        }, {
+            'cut': (UDP + '1: 0F02000A:0044 07\n', "malformed line: '1: 0F02000A:0044 07'", {'tx': 0, 'rx': 0}),
+            'no colon': (lines('1', '2:3'), '07 1 0:0', {'tx': 2, 'rx': 3}),
+            'not hexadecimal': (lines('x:1'), '07 x:1 0:0', {'tx': 0, 'rx': 0}),
+        })
+
+    def test_nfs(self):
+        self.check_parse(agent.parse_nfs, {
+            'columns in order': (RPC_NFS, dict(net_packets=1, net_udp=2, net_tcp=3, net_connections=4, rpc_calls=5,
+                                               rpc_retrans=6, rpc_authrefrsh=7)),
+            'fewer columns, and no procedures': ('rpc 5 6\n', dict(rpc_calls=5, rpc_retrans=6)), 'empty': ('', {}),
+        }, {'not a number': ('net 1 x\nrpc 5\n', "malformed line: 'net 1 x'", {'rpc_calls': 5})})
 
     def test_one_file_alone_gives_its_field(self):
         for file, text, value in (
@@ -2291,10 +2630,33 @@ class NetworkProtocolsTest(Case):
                     'Ip6_InReceives': 40, 'Icmp6_OutType133': 8, 'Udp6_InDatagrams': 12, 'UdpLite6_In6': 3}),
                 ('netstat', 'IpExt: InOctets\nIpExt: 3\n', {'IpExt_InOctets': 3}),
                 ('sockstat', 'TCP: tw 4\n', {'TCP_tw': 4}), ('sockstat6', 'TCP6: inuse 5\n', {'TCP6_inuse': 5}),
-                ('softnet_stat', '1 2 3\n', wire.SoftnetStat(processed=1, dropped=2, time_squeeze=3))):
+                ('softnet_stat', '1 2 3\n', [wire.SoftnetStat(cpu=0, processed=1, dropped=2, time_squeeze=3)]),
+                ('arp', ARP, {'cni0': 1, 'enp0s3': 1}), ('tcp', TCP, {'listen': 2, 'established': 1}),
+                ('tcp6', TCP, {'listen': 2, 'established': 1}), ('udp', UDP, {'rx_v4': 0, 'tx_v4': 0}),
+                ('udp6', UDP.replace('07 00000000:00000000', '07 1:2'), {'rx_v6': 2, 'tx_v6': 1}),
+                ('rpc/nfs', 'rpc 5\n', {'rpc_calls': 5})):
             with self.subTest(file):
                 node = collected(agent.collect_protocols, self.tree({f'proc/net/{file}': text}))
-                self.assertEqual({file: value}, {field.name: value for field, value in node.ListFields()})
+                field = {'arp': 'arp_entries', 'tcp': 'tcp_states', 'tcp6': 'tcp_states', 'udp': 'udp_queues',
+                         'udp6': 'udp_queues', 'rpc/nfs': 'nfs'}.get(file, file)
+                self.assertEqual({field: value}, {field.name: value for field, value in node.ListFields()})
+
+    def test_sockets_are_counted_now_and_then_and_those_of_both_protocols_together(self):
+        state, seen = agent.NodeState(1), []
+        for now, lines in (100, 3), (114.9, 2), (115, 2), (129, 0), (130, 0):
+            roots = self.write({f'proc/net/{file}': ''.join(TCP.splitlines(True)[:1 + lines])
+                                for file in ('tcp', 'tcp6')})
+            node = collected(agent.collect_node, roots, state, agent.Cycle(roots, 5, {}, now))
+            seen.append(dict(node.tcp_states))
+        both = {'listen': 4, 'established': 2}
+        self.assertEqual([both, both, {'listen': 4}, {'listen': 4}, {}], seen)
+
+    def test_of_more_sockets_than_fit_those_that_do_are_counted(self):
+        roots = self.write({'proc/net/tcp': TCP + TCP.splitlines(True)[-1] * 20_000})
+        cycle = agent.Cycle(roots, 5, {})
+        states = collected(agent.collect_protocols, roots, None, cycle).tcp_states
+        self.assertEqual(({}, 2), (cycle.failures, states['listen']))
+        self.assertTrue(7000 < states['established'] < 20_000, states)
 
     def test_sockets_are_those_of_ss(self):
         def oracle():
@@ -2308,16 +2670,41 @@ class NetworkProtocolsTest(Case):
 
 # --- clock
 
+# uapi/linux/timex.h, struct timex
+TIMEX = ('modes offset freq maxerror esterror status constant precision tolerance seconds useconds tick ppsfreq jitter '
+         'shift stabil jitcnt calcnt errcnt stbcnt tai').split()
+
+
+def timex(**numbers):
+    """What adjtimex(2) writes on the 64-bit architectures: an int has 4 bytes, and long ones are at multiples of 8."""
+    formats = {'modes': 'I4x', 'status': 'i4x', 'shift': 'i4x', 'tai': 'i'}
+    return b''.join(struct.pack('<' + formats.get(name, 'q'), numbers.get(name, 0) if name != 'modes' else 0)
+                    for name in TIMEX).ljust(208, b'\xff')
+
+
 class ClockTest(Case):
     def test_status_tells_synchronised_and_the_unit_of_the_offset(self):
         def clock(status, offset):
-            timex = agent.TIMEX.pack(1, offset, 3, 4_000_000, 5, status).ljust(agent.TIMEX_BYTES, b'\xff')
-            return tuple(agent.parse_timex(timex)[name] for name in (
-                'synchronized', 'offset_seconds', 'max_error_seconds'))
+            said = agent.parse_timex(timex(offset=offset, maxerror=4_000_000, status=status))
+            return said['synchronized'], said['offset_seconds'], said['max_error_seconds']
         unsynchronised, nanoseconds = 0x0040, 0x2000    # uapi/linux/timex.h: STA_UNSYNC, STA_NANO
         self.check_table(clock, [
             ((1, 2_000_000), (True, 2.0, 4.0)), ((unsynchronised, -500_000), (False, -0.5, 4.0)),
             ((nanoseconds, 2_000_000), (True, 0.002, 4.0))])
+
+    def test_each_number_has_its_field_and_may_be_below_0(self):
+        names = [name for name in agent.field_names(wire.ClockMetrics) if name in TIMEX]
+        self.assertEqual(14, len(names))
+        self.patch(read_timex=lambda: timex(**{name: -number for number, name in enumerate(TIMEX)}))
+        clock = collected(agent.collect_clock, LIVE).clock
+        self.assertEqual({name: -TIMEX.index(name) for name in names}, {name: getattr(clock, name) for name in names})
+
+    def test_jitter_is_in_the_unit_that_the_status_says(self):
+        def jitter(status):
+            clock = wire.NodeMetrics(clock=dict(jitter=5000, status=status))
+            text = agent.render_part(wire.Metrics(node_metrics=clock), agent.NODE, False)
+            return float(re.search('^node_timex_pps_jitter_seconds (.*)', text, re.M)[1])
+        self.check_table(jitter, [(0x2000, 5e-6), (0x2040, 5e-6), (0, 5e-3), (0x0040, 5e-3)])
 
     def test_clock_is_this_machines_alone(self):
         self.assertFalse(collected(agent.collect_clock, self.tree(NODE)).HasField('clock'))
@@ -2449,7 +2836,7 @@ GROUP_V2 = {
         'anon file inactive_file active_file slab kernel shmem file_mapped sock pgfault pgmajfault', 17),
     'memory.events': counting_lines('max oom oom_kill', 28),
     'io.stat': '8:16 rbytes=1 wbytes=2 rios=3 wios=4\n' + IO_STAT,
-    'pids.current': '31\n', 'pids.max': '32\n',
+    'pids.current': '31\n', 'pids.max': '32\n', 'cgroup.procs': '81\n82\n',
     **{f'{name}.pressure': f'some avg10=1.0 avg60=2.0 avg300=3.0 total={number}\n'
                            f'full avg10=4.0 avg60=5.0 avg300=6.0 total={number + 3}\n'
        for number, name in enumerate(('cpu', 'memory', 'io'), 33)}}
@@ -2473,7 +2860,7 @@ GROUP_V1 = {
             'total_rss total_cache total_inactive_file total_active_file slab kernel total_shmem total_mapped_file '
             'sock total_pgfault total_pgmajfault', 17),
         'memory.kmem.usage_in_bytes': '22\n', 'memory.kmem.tcp.usage_in_bytes': '25\n',
-        'memory.oom_control': 'oom_kill_disable 0\nunder_oom 0\noom_kill 30\n'},
+        'memory.oom_control': 'oom_kill_disable 0\nunder_oom 0\noom_kill 30\n', 'cgroup.procs': '81\n82\n'},
     'blkio': {'blkio.throttle.io_service_bytes': BLKIO,
               'blkio.throttle.io_serviced': '254:0 Read 8\n254:0 Write 4\n254:0 Total 12\nTotal 12\n'},
     'pids': {'pids.current': '31\n', 'pids.max': '32\n'}}
@@ -2527,6 +2914,11 @@ class CgroupFilesTest(Case):
         self.check_parse(agent.parse_single, {
             'real': ('4676\n', 4676), 'no limit': ('max\n', None), 'zero': ('0\n', 0),
         }, {'a word': ('none\n', ''), 'empty': ('', '')})
+
+    def test_procs(self):
+        self.check_parse(agent.parse_procs, {
+            'real': ('1311\n', 1), 'two': ('81\n82\n', 2), 'of another PID namespace': ('0\n0\n', 2), 'empty': ('', 0),
+        }, {'a word': ('81\nx\n', "'x'")})
 
     def test_io_stat(self):
         one = dict(rbytes=1, wbytes=2, rios=3, wios=4)
@@ -2605,7 +2997,7 @@ class CgroupFilesTest(Case):
             io=dict(pressure=pressure(35), stat=[
                 dict(device='254:0', rbytes=629145600, wbytes=629145600, rios=688, wios=903),
                 dict(device='8:16', rbytes=1, wbytes=2, rios=3, wios=4)]),
-            pids=dict(current=31, max=32))), self.collect_first(group_of(2, 'a/b'), 'a/b'))
+            pids=dict(current=31, max=32), cgroup=dict(procs=2))), self.collect_first(group_of(2, 'a/b'), 'a/b'))
 
     def test_throttling_and_swap_limit_of_crun_are_those_of_the_inner_group_and_nothing_else_is(self):
         """cri-containerd-: a container may make a group of that name itself."""
@@ -2628,7 +3020,7 @@ class CgroupFilesTest(Case):
         expected = known_values(wire.CgroupMetrics(
             path='a/b', cpu=dict(CPU_V2, shares=10, stat=dict(CPU_V2['stat'], user_usec=30_000, system_usec=50_000)),
             memory=MEMORY_V2, io=dict(stat=[dict(device='254:0', rbytes=4194304, wbytes=2097152, rios=8, wios=4)]),
-            pids=dict(current=31, max=32)))
+            pids=dict(current=31, max=32), cgroup=dict(procs=2)))
         hybrid = {'sys/fs/cgroup/unified/cgroup.controllers': '\n',
                   'sys/fs/cgroup/unified/a/b/cpu.stat': 'usage_usec 77\n'}
         recursive = {**GROUP_V1, 'blkio': {**dict.fromkeys(GROUP_V1['blkio'], 'Total 0\n'), **{
@@ -2878,6 +3270,19 @@ class ServicesTest(Case):
                 self.assertEqual([{}, {}], [self.collect(state, self.tree(files)) for files in ({}, V2)])
                 self.assertEqual({}, state.services)
 
+    def test_the_root_of_all_groups_is_the_nodes(self):
+        for version in 1, 2:
+            with self.subTest(version=version):
+                roots = self.tree(group_of(version, ''))
+                node = collected(agent.collect_services, roots)
+                self.assertEqual(('', 1, 11, 2), (node.cgroup.path, node.cgroup.cpu.stat.usage_usec,
+                                                  node.cgroup.memory.current, node.cgroup.cgroup.procs))
+        # On v2 it has these files alone.
+        node = collected(agent.collect_services, self.tree({**V2, **below('sys/fs/cgroup', {
+            name: GROUP_V2[name] for name in ('cpu.stat', 'memory.stat', 'io.stat', 'cpu.pressure', 'cgroup.procs')})}))
+        self.assertEqual(['timestamp_ns', 'cpu', 'memory', 'io', 'cgroup'], present(node.cgroup))
+        self.assertFalse(collected(agent.collect_services, self.tree({})).HasField('cgroup'))
+
     def test_they_are_looked_for_again_once_a_minute_and_when_one_has_gone(self):
         state, roots, seen = agent.NodeState(1), self.write(group_of(2, 'kubelet.service')), []
         for now in 0, 59, 60, 61, 62, 63:
@@ -3026,6 +3431,7 @@ def shown_container(container_id, seconds, cores=0, memory=0, **others):
     """Throttled in one period of four, where its limit is 2 cores."""
     periods = round(10 * seconds)
     cgroup = dict(
+        path=f'kubepods/{container_id}',
         cpu=dict(max=dict(quota_usec=200000, period_usec=100000),
                  stat=dict(nr_periods=periods, nr_throttled=periods // 4)),
         memory=dict(max=2**30),
@@ -3253,8 +3659,13 @@ def exposed_metrics():
                      dict(device='/dev/b', fstype='xfs', mountpoint='/b', error='EIO')],
         network_interfaces=[dict(name=f'eth{n}', operstate='up', speed_mbits=1000, counters=dict(rx_bytes=11 + n))
                             for n in (0, 1)],
-        services=[dict(name='kubelet.service', cgroup=dict(cpu=dict(stat=dict(usage_usec=time_spent))))],
-        diskstats=[dict(device='vda', read_sectors=3, read_ticks=4249, discard_sectors=5)],
+        services=[dict(name='kubelet.service', cgroup=dict(path='system.slice/kubelet.service', cpu=dict(
+            stat=dict(usage_usec=time_spent))))],
+        cgroup=dict(memory=dict(stat=dict(anon=6))),
+        diskstats=[dict(device='vda', device_number='8:0', read_sectors=3, read_ticks=4249, discard_sectors=5)],
+        softnet_stat=[dict(cpu=1, time_squeeze=8)], arp_entries={'eth0': 9}, tcp_states={'time_wait': 10},
+        udp_queues={'rx_v6': 11}, nfs={'rpc_retrans': 12}, os_release={'ID': 'debian', 'HOME_URL': 'x'},
+        clock=dict(freq=65536, ppsfreq=-131072 * 10**6, jitter=5, tick=10000),
         meminfo={'MemTotal': 2**30, 'Active(anon)': 4096, 'HugePages_Total': 1, 'Hugepagesize': 2**21},
         vmstat={'oom_kill': 2}, snmp={'Tcp_RetransSegs': 3}, netstat={'TcpExt_ListenDrops': 4},
         snmp6={'Udp6_InDatagrams': 5}, sockstat={'TCP_mem_bytes': 6}, sockstat6={'TCP6_inuse': 7},
@@ -3269,11 +3680,25 @@ def exposed_metrics():
     metrics.pod_metrics.add(id='0', namespace='shop', name='web', created_at=-1,
                             container_metrics=[shown_container('nginx', 1)])
     dns[0].user_specified_image = 'registry/dns:2'
+    web[0].cgroup.MergeFrom(wire.CgroupMetrics(
+        cpu=dict(weight=100), memory=dict(current=2**28 + 4096, stat=dict(inactive_file=4096, pgmajfault=2)),
+        cgroup=dict(procs=3), pids=dict(current=7)))
+    web[0].file_system_metrics.MergeFrom(wire.FileSystemMetrics(mountpoint='/b/c', used_bytes=UInt64Value(value=14)))
+    metrics.pod_metrics[0].cgroup.MergeFrom(wire.CgroupMetrics(path='kubepods/web', cpu=dict(
+        stat=dict(usage_usec=time_spent))))
+    metrics.agent_metrics.subject_seconds.update({'memory': 0.25, 'cpu': 0.5})
+    metrics.agent_metrics.failing_subjects.append('memory: vmstat')
     metrics.agent_metrics.failures_total.update({'memory': 3, 'memory: vmstat': 4})
     metrics.agent_metrics.cri_methods.add(method='Version', calls_total=4, seconds_total=0.25)
     return metrics
 
 
+# What cAdvisor says of a container, for the words WEB, DNS, JOB below.
+CADVISOR_LABELS = {
+    'WEB': 'container="nginx",id="/kubepods/nginx",image="registry/nginx:1",name="nginx",namespace="shop",pod="web"',
+    'DNS': 'container="coredns",id="/kubepods/coredns",image="registry/dns:2",name="coredns",namespace="kube-system",'
+           'pod="dns"',
+    'JOB': 'container="old",id="/kubepods/old",image="registry/old:1",name="old",namespace="shop",pod="job"'}
 GOLDEN_EXPOSITION = '''\
 node_network_up{device="eth1"} 1
 # HELP node_boot_time_seconds When the node was booted, in Unix seconds.
@@ -3309,25 +3734,45 @@ node_network_speed_bytes{device="eth1"} 125000000
 # TYPE node_network_receive_bytes_total counter
 node_network_receive_bytes_total{device="eth0"} 11
 node_network_receive_bytes_total{device="eth1"} 12
-kubensage_container_info{namespace="shop",pod="web",container="nginx",image="registry/nginx:1",state="\
-CONTAINER_RUNNING",reason=""} 1
-kubensage_container_info{namespace="kube-system",pod="dns",container="coredns",image="registry/dns:2",state="\
-CONTAINER_RUNNING",reason=""} 1
-container_cpu_cfs_throttled_periods_total{namespace="shop",pod="web",container="nginx"} 25
-container_spec_memory_limit_bytes{namespace="shop",pod="web",container="nginx"} 1073741824
-container_memory_working_set_bytes{namespace="shop",pod="web",container="nginx"} 268435456
-container_start_time_seconds{namespace="kube-system",pod="dns",container="coredns"} 1700094048.9040124
-kubensage_container_restarts{namespace="kube-system",pod="dns",container="coredns"} 7
-kubensage_container_exit_code{namespace="shop",pod="job",container="old"} 137
-container_fs_reads_bytes_total{namespace="shop",pod="web",container="nginx",device="8:0"} 20480
-container_network_receive_bytes_total{namespace="shop",pod="web",interface="eth1"} 5120
+node_softnet_times_squeezed_total{cpu="1"} 8
+node_arp_entries{device="eth0"} 9
+node_tcp_connection_states{state="time_wait"} 10
+node_udp_queues{queue="rx",ip="v6"} 11
+node_nfs_rpc_retransmissions_total 12
+node_os_info{id="debian"} 1
 kubensage_agent_failures_total{subject="memory",file=""} 3
 kubensage_agent_failures_total{subject="memory",file="vmstat"} 4
+node_scrape_collector_duration_seconds{collector="memory"} 0.25
+node_scrape_collector_success{collector="cpu"} 1
+node_scrape_collector_success{collector="memory"} 0
 kubensage_snapshot_timestamp_seconds 1700000123
 kubensage_runtime_condition{condition="RuntimeReady"} 1
-kubensage_agent_resident_bytes 33554432
+process_resident_memory_bytes 33554432
 kubensage_cri_seconds_total{method="Version"} 0.25
-kubensage_service_cpu_usage_seconds_total{service="kubelet.service"} 3.815668
+machine_cpu_cores 2
+machine_memory_bytes 1073741824
+kubensage_pod_info{namespace="shop",pod="web",qos_class="",host_network="false"} 1
+kubensage_container_info{WEB,state="CONTAINER_RUNNING",reason=""} 1
+kubensage_container_info{DNS,state="CONTAINER_RUNNING",reason=""} 1
+# TYPE container_cpu_usage_seconds_total counter
+container_cpu_usage_seconds_total{id="/kubepods/web",namespace="shop",pod="web",cpu="total"} 3.815668
+container_cpu_usage_seconds_total{id="/system.slice/kubelet.service",cpu="total"} 3.815668
+container_memory_working_set_bytes{WEB} 268435456
+container_memory_failures_total{WEB,failure_type="pgmajfault",scope="hierarchy"} 2
+container_spec_cpu_shares{WEB} 2597
+container_cpu_cfs_throttled_periods_total{WEB} 25
+container_memory_usage_bytes{WEB} 268439552
+container_memory_rss{id="/"} 6
+container_spec_memory_limit_bytes{WEB} 1073741824
+container_processes{WEB} 3
+container_threads{WEB} 7
+container_start_time_seconds{DNS} 1700094048.9040124
+kubensage_container_restarts{DNS} 7
+kubensage_container_exit_code{JOB} 137
+container_fs_usage_bytes{WEB,device="/dev/b"} 14
+container_fs_reads_bytes_total{WEB,device="/dev/vda"} 20480
+container_fs_writes_bytes_total{WEB,device="8:1"} 40960
+container_network_receive_bytes_total{namespace="shop",pod="web",interface="eth1"} 5120
 '''
 
 
@@ -3335,7 +3780,12 @@ class PrometheusTest(Case):
     def test_golden_lines_in_order(self):
         lines = iter(agent.render_prometheus(exposed_metrics()).splitlines())
         for line in GOLDEN_EXPOSITION.splitlines():
-            self.assertIn(line, lines)
+            self.assertIn(re.sub('WEB|DNS|JOB', lambda word: CADVISOR_LABELS[word[0]], line), lines)
+
+    def test_promtool_has_nothing_to_say_but_of_the_spelling_of_node_exporters_names(self):
+        for part in agent.NODE, agent.CADVISOR:
+            with self.subTest(part):
+                self.assertEqual([], self.complaints(agent.render_part(exposed_metrics(), part, False)))
 
     def test_each_family_is_named_and_typed_once_and_no_series_is_there_twice(self):
         for openmetrics in (False, True):
@@ -3353,26 +3803,41 @@ class PrometheusTest(Case):
             self.assertEqual(set(kinds.values()), {'counter', 'gauge', 'unknown' if openmetrics else 'untyped'})
 
     def test_every_sample_has_a_grammar_and_no_label_that_explodes(self):
-        labels = set()
-        for line in agent.render_prometheus(exposed_metrics()).splitlines():
-            if not line.startswith('#'):
-                self.assertRegex(line, r'\A[a-z_A-Z][a-zA-Z0-9_]*(\{([a-z_]+="([^"\\\n]|\\.)*",?)+\})? -?[0-9.e+-]+\Z')
-                labels.update(re.findall(r'[{,]([a-z_]+)="', line))
-        self.assertEqual(labels & {'pid', 'id', 'uid', 'container_id', 'pod_uid', 'path', 'run_id'}, set())
-
+        for part, ours in (agent.NODE, set()), (agent.CADVISOR, {'id'}):
+            labels = set()
+            for line in agent.render_part(exposed_metrics(), part, False).splitlines():
+                if not line.startswith(('#', 'node_os_info')):
+                    self.assertRegex(line, r'\A[a-z_A-Z]\w*(\{([a-z_]+="([^"\\\n]|\\.)*",?)+\})? -?[0-9.e+-]+\Z')
+                    labels.update(re.findall(r'[{,]([a-z_]+)="', line))
+            self.assertEqual(labels & {'pid', 'id', 'uid', 'container_id', 'pod_uid', 'path', 'run_id'}, ours)
     def test_label_values_are_escaped(self):
-        self.assertEqual(agent.render_sample('a', {'l': 'x"\\{},=€'}, 1), 'a{l="x\\"\\\\{},=€"} 1\n')
-        self.assertEqual(agent.render_sample('a', {'l': '\n\x1b\u202e'}, 1), r'a{l="\\n\\x1b\\u202e"} 1' '\n')
+        labels = agent.label_text({'l': 'x"\\{},=€', 'm': '\n\x1b\u202e'}, 'k="v"')
+        self.assertEqual(labels, r'k="v",l="x\"\\{},=€",m="\\n\\x1b\\u202e"')
+        self.assertIn(f'\na{{{labels}}} 1\n', agent.render_family(agent.Family('a', '', [(labels, 1)]), False))
+        self.assertEqual((agent.label_text({}), agent.label_text({}, 'k="v"')), ('', 'k="v"'))
+
+    def test_rendering_changes_nothing_of_the_snapshot(self):
+        """Another thread sends it meanwhile. Also where a file of a device is missing."""
+        metrics = exposed_metrics()
+        for directory, files in HARDWARE_FILES.items():
+            for left_out in files:
+                metrics.node_metrics.devices.add(
+                    path=directory, texts={name: text for name, text in files.items() if name != left_out},
+                    numbers={name: 1 for name in files if name != left_out})
+        before = metrics.SerializeToString(deterministic=True)
+        agent.render_prometheus(metrics)
+        self.assertEqual(before, metrics.SerializeToString(deterministic=True))
 
     def test_numbers(self):
         for value, text in ((0, '0'), (True, '1'), (0.1, '0.1'), (2**64 - 1, '18446744073709551615'),
                             (1e-6, '1e-06'), (math.nan, 'nan'), (math.inf, 'inf')):
-            self.assertEqual(agent.render_sample('a', {}, value), f'a {text}\n')
+            self.assertIn(f'\na {text}\n', agent.render_family(agent.Family('a', '', [('', value)]), False))
 
     def test_the_container_that_runs_and_the_last_sandbox_count(self):
         text = agent.render_prometheus(exposed_metrics())
-        self.assertIn('container_cpu_cfs_periods_total{namespace="shop",pod="web",container="nginx"} 100\n', text)
-        self.assertNotIn('kubensage_container_exit_code{namespace="shop",pod="web"', text)
+        self.assertEqual([('nginx', '100')], re.findall(
+            r'^container_cpu_cfs_periods_total\{.*name="([^"]*)".*,pod="web"\} (.*)', text, re.M))
+        self.assertEqual(['old'], re.findall(r'^kubensage_container_exit_code\{.*,name="([^"]*)"', text, re.M))
 
     def test_every_row_names_a_field(self):
         """A path that no message has would be an error at the first scrape of a node that has the message."""
@@ -3381,6 +3846,8 @@ class PrometheusTest(Case):
                 (agent.CGROUP_SAMPLES, wire.CgroupMetrics), (agent.FILE_SYSTEM_SAMPLES, wire.DiskUsage),
                 (agent.INTERFACE_SAMPLES, wire.InterfaceStat), (agent.POD_INTERFACE_SAMPLES, wire.PodInterface),
                 (agent.CONTAINER_SAMPLES, wire.ContainerMetrics), (agent.IO_SAMPLES, wire.CgroupIoStat),
+                (agent.LAYER_SAMPLES, wire.FileSystemMetrics), (agent.LAYER_DISK_SAMPLES, wire.DiskUsage),
+                (agent.SOFTNET_SAMPLES, wire.SoftnetStat), (agent.SCHEDSTAT_SAMPLES, wire.CpuInfo),
                 (agent.AGENT_SAMPLES, wire.AgentMetrics), (agent.CRI_SAMPLES, wire.CriMethodMetrics)):
             for name, text, path, *_ in rows:
                 with self.subTest(name):
@@ -3391,8 +3858,11 @@ class PrometheusTest(Case):
                         descriptor = descriptor.fields_by_name[part].message_type
 
     def test_an_empty_snapshot_has_no_node_metrics(self):
-        names = re.findall(r'^(?!kubensage_)\w+', agent.render_prometheus(wire.Metrics()), re.M)
-        self.assertEqual(names, ['node_uname_info'])
+        names = [re.findall(r'^(?!kubensage_)\w+', agent.render_part(wire.Metrics(), part, False), re.M)
+                 for part in (agent.NODE, agent.CADVISOR)]
+        self.assertEqual(names, [[
+            'node_uname_info', 'node_exporter_build_info', 'node_textfile_scrape_error', 'node_time_seconds',
+            'process_cpu_seconds_total', 'process_start_time_seconds'], ['machine_cpu_cores', 'machine_scrape_error']])
 
     def test_every_count_begins_with_0_in_the_first_snapshot(self):
         """A counter that begins with 1 has no rate: the first failure would be no failure."""
@@ -3433,16 +3903,20 @@ class HttpTest(Case):
         return connection
 
     def ask(self, request):
-        """Status, headers and body of the answer to these bytes."""
+        """Status, headers and body, which is unpacked, of the answer to these bytes."""
         connection = self.connect()
         connection.sendall(request.encode())
         with connection.makefile('rb') as file:
-            head, _, body = file.read().decode().partition('\r\n\r\n')
-        status, *headers = head.split('\r\n')
-        return int(status.split()[1]), dict(header.split(': ', 1) for header in headers), body
+            head, _, body = file.read().partition(b'\r\n\r\n')
+        status, *headers = head.decode().split('\r\n')
+        headers = dict(header.split(': ', 1) for header in headers)
+        self.assertIn(len(body), (0, int(headers.get('Content-Length', len(body)))))
+        body = gzip.decompress(body) if 'Content-Encoding' in headers else body
+        return int(status.split()[1]), headers, body.decode()
 
-    def get(self, path, accept='*/*', method='GET'):
-        return self.ask(f'{method} {path} HTTP/1.1\r\nHost: node\r\nAccept: {accept}\r\n\r\n')
+    def get(self, path, accept='*/*', method='GET', packing='identity'):
+        return self.ask(f'{method} {path} HTTP/1.1\r\nHost: node\r\nAccept: {accept}\r\n'
+                        f'Accept-Encoding: {packing}\r\n\r\n')
 
     def test_metrics_in_the_format_that_is_asked_for(self):
         self.serve(exposed_metrics())
@@ -3452,31 +3926,70 @@ class HttpTest(Case):
                  '# EOF\n')):
             status, headers, body = self.get('/metrics?collect[]=x', accept)
             self.assertEqual((status, headers['Content-Type']), (200, content_type))
-            self.assertEqual(int(headers['Content-Length']), len(body.encode()))
+            self.assertNotIn('Content-Encoding', headers)
             self.assertRegex(body, rf'\A((?!# EOF).*\n)+kubensage_snapshot_age_seconds \d\S*\n{end}\Z')
 
-    def test_each_snapshot_is_rendered_once_a_format_and_nobody_waits_for_that(self):
-        self.serve(sample(1))
-        rendered = []
+    def test_containers_are_apart_and_no_name_is_in_both(self):
+        self.serve(exposed_metrics())
+        for accept, end in ('text/plain', ''), ('application/openmetrics-text', '# EOF\n'):
+            node, containers = (self.get(path, accept)[2] for path in ('/metrics', '/metrics/cadvisor?x=y'))
+            self.assertEqual(agent.render_part(exposed_metrics(), agent.CADVISOR, bool(end)) + end, containers)
+            node, containers = ({*re.findall(r'^# TYPE (\w+)', text, re.M)} for text in (node, containers))
+            self.assertEqual(set(), node & containers)
+            self.assertEqual({'node', 'process', 'kubensage'}, {name.partition('_')[0] for name in node})
+            self.assertEqual({'container', 'machine', 'kubensage_pod', 'kubensage_container'}, {
+                re.match('kubensage_[a-z]+|[a-z]+', name)[0] for name in containers})
 
-        def render(metrics, openmetrics):
-            rendered.append((metrics.agent_metrics.uptime_seconds, openmetrics))
-            if len(rendered) == 1:
+    def test_gzip_is_for_those_who_take_it_and_is_the_same(self):
+        self.serve(exposed_metrics())
+        for packing, packed in {
+                'gzip': True, 'deflate, gzip;q=0.5': True, 'gzip;q=0.001, br': True,
+                'br\r\nAccept-Encoding: gzip': True, 'gzip;q=0': False, 'deflate, gzip; q=0.000': False,
+                'gzip;q=0, br': False, 'br': False, '': False}.items():
+            for path, accept in itertools.product(('/metrics', '/metrics/cadvisor'), ('text/plain', agent.OPENMETRICS)):
+                with self.subTest(packing, path=path, accept=accept):
+                    plain, (_, headers, text) = self.get(path, accept), self.get(path, accept, packing=packing)
+                    age = r'(?<=^kubensage_snapshot_age_seconds )\S+'
+                    self.assertEqual(*(re.sub(age, '', text, flags=re.M) for text in (plain[2], text)))
+                    self.assertEqual((packed, plain[1]['Content-Type']),
+                                     (headers.get('Content-Encoding') == 'gzip', headers['Content-Type']))
+                    self.assertEqual(packed, int(headers['Content-Length']) < int(plain[1]['Content-Length']) / 2)
+        for path in '/healthz', '/etc/passwd':
+            self.assertNotIn('Content-Encoding', self.get(path, packing='gzip')[1])
+
+    def test_each_snapshot_is_rendered_and_packed_once_a_format_and_nobody_waits_for_that(self):
+        self.serve(sample(1))
+        made = []
+
+        def render(metrics, part, openmetrics):
+            made.append((metrics.agent_metrics.uptime_seconds, part, openmetrics))
+            if len(made) == 1:
                 self.publish(sample(2))
                 self.assertEqual(self.get('/healthz')[0], 200)
-            return real(metrics, openmetrics)
+            return real(metrics, part, openmetrics)
 
-        real = agent.render_prometheus
-        self.patch(render_prometheus=render)
+        def pack(texts):
+            texts = list(texts)
+            # The age of the snapshot is not.
+            if len(texts) > 1:
+                made.append('packed')
+            return [gzip.compress(b''.join(texts))]
+
+        real = agent.render_families
+        self.patch(render_families=render, gzip_member=pack)
         for seconds in 1, 2, 2:
             self.assertIn(f'kubensage_agent_uptime_seconds {seconds}\n', self.get('/metrics')[2])
         for _ in range(2):
-            self.get('/metrics', 'application/openmetrics-text')
-        self.assertEqual(rendered, [(1, False), (2, False), (2, True)])
+            self.get('/metrics', agent.OPENMETRICS)
+            self.get('/metrics', packing='gzip')
+            self.get('/metrics/cadvisor', packing='gzip')
+        node, containers = '/metrics', '/metrics/cadvisor'
+        self.assertEqual(made, [(1, node, False), (2, node, False), (2, node, True), (2, node, False), 'packed',
+                                (2, containers, False), 'packed'])
 
     def test_health(self):
         self.serve()
-        for path in '/healthz', '/metrics':
+        for path in '/healthz', '/metrics', '/metrics/cadvisor':
             self.assertEqual(self.get(path)[::2], (503, 'no snapshot yet\n'))
         for interval, age, answer in ((1, 4, '200 ok'), (5, 20, '503 no snapshot for 2. s'), (60, 100, '200 ok'),
                                       (60, 200, '503 no snapshot for 2.. s')):
@@ -3486,10 +3999,11 @@ class HttpTest(Case):
 
     def test_no_path_leads_to_files_and_nothing_but_get_is_answered(self):
         self.serve(sample(1))
-        for path in ('/ /../etc/passwd /%2e%2e/etc/passwd /metrics/ /etc/passwd //etc/passwd /healthz/../metrics * '
-                     'http://node/etc/passwd').split():
+        for path in ('/ /../etc/passwd /%2e%2e/etc/passwd /metrics/ /metrics/x /metrics/cadvisor/ /etc/passwd '
+                     '//etc/passwd /healthz/../metrics * http://node/etc/passwd').split():
             with self.subTest(path):
-                self.assertEqual(self.get(path)[::2], (404, '404: only /metrics and /healthz are served\n'))
+                self.assertEqual(self.get(path)[::2], (
+                    404, '404: only /metrics, /metrics/cadvisor and /healthz are served\n'))
         for method in 'HEAD POST PUT DELETE OPTIONS TRACE CONNECT'.split():
             with self.subTest(method):
                 self.assertIn(self.get('/metrics', method=method)[0], (405, 501))
@@ -3910,30 +4424,37 @@ class ServiceTest(Case):
 # The node above as --once --output json gives it, a field or an item a line, without the time and without the sizes of
 # this machine's file system. Made anew by: KUBENSAGE_TEST_GOLDEN=1 python3 -m unittest test_agent.GoldenTest
 GOLDEN = r'''
+arp_entries: {"cni0": "1", "enp0s3": "1"}
 available_memory: "3637047296"
 boot_time: "1795425261"
+cgroup: {"cpu": {"pressure": {"full": {"avg10": 0.0, "avg300": 0.0, "avg60": 0.0, "total": "0"}, "some": {"avg10":
+  70.95, "avg300": 38.9, "avg60": 69.15, "total": "169091998"}}, "stat": {"system_usec": "164460", "usage_usec":
+  "277710", "user_usec": "113250"}}, "io": {"stat": []}, "path": ""}
 cpu_infos: {"core_id": "0", "cores": 1, "cpu": 0, "mhz": 2596, "model": "QEMU TCG CPU version 2.5+", "physical_id": "0",
-  "seconds": {"guest": 0.0, "guest_nice": 0.0, "idle": 101.88, "iowait": 0.73, "irq": 0.0, "nice": 0.0, "softirq": 2.41,
-  "steal": 0.0, "system": 80.92, "user": 57.28}, "vendor_id": "AuthenticAMD"}
+  "run_ns": "7000000007", "seconds": {"guest": 0.0, "guest_nice": 0.0, "idle": 101.88, "iowait": 0.73, "irq": 0.0,
+  "nice": 0.0, "softirq": 2.41, "steal": 0.0, "system": 80.92, "user": 57.28}, "timeslices": "9", "vendor_id":
+  "AuthenticAMD", "wait_ns": "8000000008"}
 cpu_seconds: {"guest": 0.0, "guest_nice": 0.0, "idle": 208.95, "iowait": 1.13, "irq": 0.0, "nice": 0.0, "softirq": 4.87,
   "steal": 0.0, "system": 159.23, "user": 113.25}
+devices: []
 disk_io_summary: {"total_read_bytes": "836249600", "total_read_ops": "3874", "total_write_bytes": "670199808",
   "total_write_ops": "3589"}
 disk_usages: {"device": "/dev/vda1", "fstype": "ext4", "mountpoint": "/", "read_only": false}
 disk_usages: {"device": "/dev/vdb", "fstype": "ext4", "mountpoint": "/data", "read_only": false}
-diskstats: {"device": "vda", "discard_ios": "0", "discard_merges": "0", "discard_sectors": "0", "discard_ticks": "0",
-  "flush_ios": "801", "flush_ticks": "479", "in_flight": "0", "io_ticks": "6104", "read_ios": "3739", "read_merges":
-  "488", "read_sectors": "1629322", "read_ticks": "4249", "time_in_queue": "19638", "write_ios": "3588", "write_merges":
-  "3074", "write_sectors": "1308976", "write_ticks": "14908"}
-diskstats: {"device": "vdb", "discard_ios": "0", "discard_merges": "0", "discard_sectors": "0", "discard_ticks": "0",
-  "flush_ios": "1", "flush_ticks": "0", "in_flight": "0", "io_ticks": "108", "read_ios": "135", "read_merges": "0",
-  "read_sectors": "3978", "read_ticks": "108", "time_in_queue": "112", "write_ios": "1", "write_merges": "0",
-  "write_sectors": "8", "write_ticks": "3"}
+diskstats: {"device": "vda", "device_number": "254:0", "discard_ios": "0", "discard_merges": "0", "discard_sectors":
+  "0", "discard_ticks": "0", "flush_ios": "801", "flush_ticks": "479", "in_flight": "0", "io_ticks": "6104", "read_ios":
+  "3739", "read_merges": "488", "read_sectors": "1629322", "read_ticks": "4249", "time_in_queue": "19638", "write_ios":
+  "3588", "write_merges": "3074", "write_sectors": "1308976", "write_ticks": "14908"}
+diskstats: {"device": "vdb", "device_number": "254:16", "discard_ios": "0", "discard_merges": "0", "discard_sectors":
+  "0", "discard_ticks": "0", "flush_ios": "1", "flush_ticks": "0", "in_flight": "0", "io_ticks": "108", "read_ios":
+  "135", "read_merges": "0", "read_sectors": "3978", "read_ticks": "108", "time_in_queue": "112", "write_ios": "1",
+  "write_merges": "0", "write_sectors": "8", "write_ticks": "3"}
 host_id: "d249c048-6159-f805-57ce-12d99828162b"
 hostname: "node-d13"
 kernel_arch: "x86_64"
-kernel_limits: {"file_nr_allocated": "832", "file_nr_max": "9223372036854775807", "nf_conntrack_count": "129",
-  "nf_conntrack_max": "65536", "pid_max": "4194304", "threads_max": "31175"}
+kernel_limits: {"entropy_avail": "255", "file_nr_allocated": "832", "file_nr_max": "9223372036854775807",
+  "hung_task_detect_count": "1", "nf_conntrack_count": "129", "nf_conntrack_max": "65536", "pid_max": "4194304",
+  "poolsize": "256", "threads_max": "31175"}
 kernel_version: "6.12.107+deb13-cloud-amd64"
 load_average: {"load1": 1.38, "load15": 0.83, "load5": 1.73, "runnable_threads": "2", "threads": "229"}
 meminfo: {"Active(anon)": "159539200", "Buffers": "8019968", "HugePages_Total": "0", "Hugepagesize": "2097152",
@@ -3952,12 +4473,16 @@ network_interfaces: {"addrs": [], "carrier": true, "counters": {"rx_bytes": "501
   "0", "rx_errs": "0", "rx_fifo": "0", "rx_frame": "0", "rx_multicast": "0", "rx_packets": "196", "tx_bytes": "29478",
   "tx_carrier": "0", "tx_colls": "0", "tx_compressed": "0", "tx_drop": "0", "tx_errs": "0", "tx_fifo": "0",
   "tx_packets": "145"}, "flags": ["up", "broadcast", "multicast"], "hardwareAddr": "52:54:00:d1:3d:13", "index": 2,
-  "mtu": 1500, "name": "enp0s3", "operstate": "up"}
+  "mtu": 1500, "name": "enp0s3", "operstate": "up", "rx_nohandler": "21"}
 network_interfaces: {"addrs": [], "counters": {"rx_bytes": "324400", "rx_compressed": "0", "rx_drop": "0", "rx_errs":
   "0", "rx_fifo": "0", "rx_frame": "0", "rx_multicast": "54", "rx_packets": "5942", "tx_bytes": "169286850",
   "tx_carrier": "0", "tx_colls": "0", "tx_compressed": "0", "tx_drop": "2", "tx_errs": "0", "tx_fifo": "0",
   "tx_packets": "6438"}, "flags": [], "name": "cni0"}
+nfs: {"net_connections": "4", "net_packets": "1", "net_tcp": "3", "net_udp": "2", "rpc_authrefrsh": "7", "rpc_calls":
+  "5", "rpc_retrans": "6"}
 os: "linux"
+os_release: {"DEBIAN_VERSION_FULL": "13.7", "ID": "debian", "NAME": "Debian GNU/Linux", "PRETTY_NAME": "Debian GNU/Linux
+  13 (trixie)", "VERSION": "13 (trixie)", "VERSION_CODENAME": "trixie", "VERSION_ID": "13"}
 platform: "debian"
 platform_family: "debian"
 platform_version: "13.7"
@@ -3984,9 +4509,14 @@ sockstat: {"FRAG_inuse": "0", "FRAG_memory": "0", "RAW_inuse": "0", "TCP_alloc":
   "TCP_mem_bytes": "0", "TCP_orphan": "0", "TCP_tw": "50", "UDPLITE_inuse": "0", "UDP_inuse": "1", "UDP_mem": "0",
   "UDP_mem_bytes": "0", "sockets_used": "134"}
 sockstat6: {}
-softnet_stat: {"dropped": "0", "processed": "18743", "time_squeeze": "56"}
+softnet_stat: {"backlog_len": "0", "cpu": 0, "dropped": "0", "flow_limit_count": "0", "processed": "8663",
+  "received_rps": "0", "time_squeeze": "28"}
+softnet_stat: {"backlog_len": "0", "cpu": 1, "dropped": "0", "flow_limit_count": "0", "processed": "10080",
+  "received_rps": "0", "time_squeeze": "28"}
 stat: {"ctxt": "297051", "intr": "223011", "processes": "2860", "procs_blocked": "0", "procs_running": "2"}
+tcp_states: {"established": "1", "listen": "2"}
 total_memory: "4111904768"
+udp_queues: {"rx_v4": "0", "tx_v4": "0"}
 uptime: "261"
 used_memory: "474857472"
 vmstat: {"oom_kill": "4", "pgfault": "362743", "pgmajfault": "1683", "pgpgin": "816650", "pswpin": "0"}
@@ -4001,7 +4531,7 @@ class GoldenTest(Case):
                  for name, value in sorted({**document.pop('node_metrics'), **document}.items())
                  if name not in ('timestamp', 'agent_metrics')
                  for item in (value if value and isinstance(value, list) else [value])]
-        sizes = r', "(total|used|free|used_percent|inodes|inodes_free)": [^,}]+'
+        sizes = r'"bytes_free": [^,}]+, |, "(total|used|free|used_percent|inodes|inodes_free)": [^,}]+'
         lines = [re.sub(sizes, '', line) if line.startswith('disk_usages') else line for line in lines]
         lines = [re.sub(r', "timestamp_ns": "\d+"', '', line) for line in lines]
         text = '\n' + ''.join(textwrap.fill(line, 120, subsequent_indent='  ', break_long_words=False) + '\n'
@@ -4023,7 +4553,8 @@ FUZZED = {
     'parse_ipv6_route': IPV6_ROUTE, 'parse_os_release': OS_RELEASE, 'parse_uptime': UPTIME, 'parse_loadavg': LOADAVG,
     'parse_file_nr': FILE_NR, 'parse_softnet_stat': SOFTNET_STAT, 'parse_flat_keyed': VMSTAT,
     'parse_io_stat': IO_STAT + IO_STAT, 'parse_pressure': PRESSURE_CPU, 'parse_snmp': SNMP + NETSTAT,
-    'parse_sockstat': SOCKSTAT, 'parse_single': '100\n', 'parse_cpu_max': CPU_MAX,
+    'parse_sockstat': SOCKSTAT, 'parse_schedstat': SCHEDSTAT, 'parse_arp': ARP, 'parse_tcp': TCP, 'parse_udp': UDP,
+    'parse_nfs': RPC_NFS, 'parse_procs': '81\n82\n', 'parse_single': '100\n', 'parse_cpu_max': CPU_MAX,
     'parse_memory_stat': GROUP_V2['memory.stat'], 'parse_blkio': BLKIO, 'parse_number': '100', 'parse_numbers': '1 2 3',
     'parse_uuid': '06f83538-a376-46cd-8a8f-81923a2e4bbd',
     'parse_record': RECORD + agent.RECORD_CRC.pack(zlib.crc32(RECORD))}
@@ -5053,6 +5584,7 @@ class LivingMessageTest(RuntimeCase):
             self.setUp()
             self.version, self.random, self.numbers = version, random.Random(version), itertools.count(10**6, 1000)
             self.runtime, self.pods, sources = FakeRuntime(self, ContainerStatus=self.status), {}, set()
+            self.processes = {}
             self.cgroups = agent.read_cgroup_tree(
                 self.write({**group_of(version, 'other'), 'proc/1/net/dev': NET_DEV}).sysfs)
             for step in range(40):
@@ -5142,11 +5674,13 @@ class LivingMessageTest(RuntimeCase):
         path, pid, everything = self.path(*ids), int(ids[0], 16), due or not self.has_group(*ids)
         files = {os.path.relpath(self.cgroups.file_path(path, file.name), self.directory): file.when
                  for file in agent.GROUP_FILES[self.version]}
-        texts = {f'{self.cgroups.top}/{name}/cgroup.procs': f'{pid}\n'
-                 for name in (path, self.path(ids[0], ids[0]))}
+        if everything:
+            self.processes[path] = f'{pid}\n' * self.random.choice((1, 2, 3))
+        texts = {f'{self.cgroups.top}/{self.path(ids[0], ids[0])}/cgroup.procs': f'{pid}\n',
+                 f'{self.cgroups.top}/{path}/cgroup.procs': self.processes[path]}
         for name, text in group_of(self.version, path).items():
             there, when = os.path.exists(f'{self.directory}/{name}'), files.get(name)
-            if when is None or not everything and (not there or when >= agent.LIMIT):
+            if name.endswith('.procs') or when is None or not everything and (not there or when >= agent.LIMIT):
                 continue
             if there and self.chance(0.05):
                 take_away(f'{self.directory}/{name}')
@@ -5610,36 +6144,49 @@ OWN_FIELDS = {
     'proc/loadavg': 'load_average.*',
     'proc/meminfo': r'(total|available|used)_memory|memory_used_perc|meminfo.*',
     'proc/vmstat': 'vmstat.*',
+    'proc/schedstat': r'cpu_infos\.(run_ns|wait_ns|timeslices)',
     'proc/pressure/(.*)': r'psi_\1_metrics.*',
     r'proc/\d+/(statm|comm)': 'processes_mem_info.*',
     'proc/1/mountinfo': 'disk_usages.*',
     'proc/diskstats': 'diskstats.*|disk_io_summary.*',
     # Whether the pod has a network of its own is told by the two files.
     'proc/1/net/dev': r'net_usage.*|network_interfaces.*|pod_metrics\.(network_interfaces.*|host_network)',
-    'proc/77/net/dev|.*/cgroup.procs': r'pod_metrics\.(network_interfaces.*|host_network)',
+    'proc/77/net/dev': r'pod_metrics\.(network_interfaces.*|host_network)',
     'sys/class/net/.*/speed': r'network_interfaces\.speed_mbits',
     'sys/class/net/.*/address': r'network_interfaces\.hardwareAddr',
     'sys/class/net/.*/ifindex': r'network_interfaces\.index',
     'sys/class/net/.*/(mtu|flags|operstate|carrier)': r'network_interfaces\.\1',
     'proc/1/net/(ipv6_)?route|etc/crictl.yaml|etc/lsb-release': '',
     'proc/1/net/(snmp|snmp6|netstat|sockstat|sockstat6|softnet_stat)': r'\1\..*|\1',
+    'proc/1/net/arp': 'arp_entries.*',
+    'proc/1/net/tcp': 'tcp_states.*',
+    'proc/1/net/udp': 'udp_queues.*',
+    'proc/1/net/rpc/nfs': 'nfs.*',
+    'sys/class/net/.*/statistics/rx_nohandler': r'network_interfaces\.rx_nohandler',
     'proc/sys/fs/file-nr': r'kernel_limits\.file_nr_.*',
     'proc/sys/kernel/(threads|pid).max': r'kernel_limits\.\1_max',
+    'proc/sys/kernel/(random/)?(entropy_avail|poolsize|hung_task_detect_count)': r'kernel_limits\.\2',
     'proc/sys/net/netfilter/(.*)': r'kernel_limits\.\1',
     'proc/sys/kernel/hostname': 'hostname',
     'proc/sys/kernel/osrelease': 'kernel_version',
     'proc/sys/kernel/arch': 'kernel_arch',
     'proc/sys/kernel/random/boot_id|etc/machine-id|sys/class/dmi/id/product_uuid': 'host_id|clock.*',
     'proc/uptime': 'uptime',
-    'etc/os-release|etc/debian_version': 'platform.*',
-    r'sys/fs/cgroup/system.slice/kubelet.service/(cpu|memory|io|pids)\..*': r'services\.cgroup\.\1.*',
+    'etc/os-release|etc/debian_version': 'platform.*|os_release.*',
+    r'sys/fs/cgroup/(cpu|memory|io|pids|cgroup)\..*': r'cgroup\.\1.*',
+    r'sys/fs/cgroup/system.slice/kubelet.service/(cpu|memory|io|pids|cgroup)\..*': r'services\.cgroup\.\1.*',
+    # The first process of a container tells where its pod's network is; what a group of a sandbox has is nobody's.
+    r'sys/fs/cgroup/kubepods/.*/(b2){32}/cgroup\.procs': r'pod_metrics\.(network_interfaces.*|host_network)',
+    r'sys/fs/cgroup/kubepods/.*/cgroup\.procs': (
+        r'pod_metrics\.(network_interfaces.*|host_network|container_metrics\.cgroup\.cgroup.*|cgroup\.cgroup.*)'),
     CONTAINER_GROUP + r'/cpu\..*': CONTAINER_FIELDS + r'(cgroup\.cpu|cpu_metrics).*',
     CONTAINER_GROUP + r'/memory\.swap\..*': CONTAINER_FIELDS + r'(cgroup\.memory\.swap|swap_metrics).*',
     CONTAINER_GROUP + r'/memory\..*': CONTAINER_FIELDS + r'(cgroup\.memory|memory_metrics).*',
     CONTAINER_GROUP + r'/(io|pids)\..*': CONTAINER_FIELDS + r'cgroup\.\1.*',
     POD_GROUP + r'/(cpu|memory|io|pids)\..*': r'pod_metrics\.cgroup\.\1.*'}
 # What differs from reading to reading, and the numbers of this machine's file system.
-RESTLESS = re.compile(r'.*timestamp(_ns)?|.*listed_at_ns|disk_usages\.(total|used|free|used_percent|inodes(_free)?)')
+RESTLESS = re.compile(r'.*timestamp(_ns)?|.*listed_at_ns|disk_usages\.(total|used|free|used_percent|'
+                      r'bytes_free|inodes(_free)?)')
 NO_NUMBER = re.compile(r'-.*|nan|inf.*|\d{19,}', re.IGNORECASE)
 # Sets of the paths that are opened meanwhile. An audit hook stays for good.
 OPENED = []
@@ -5647,13 +6194,13 @@ sys.addaudithook(lambda event, arguments: [paths.add(arguments[0]) for paths in 
 
 
 def flat(document, path=()):
-    """A JSON document by path; what is in a list is known by its name, number or id."""
+    """A JSON document by path; what is in a list is known by its name, number or id, if it has one."""
     if isinstance(document, dict):
         return {key: value for name, part in document.items() for key, value in flat(part, (*path, name)).items()}
     if isinstance(document, list) and all(isinstance(item, dict) for item in document):
         names = ('id', 'name', 'device', 'mountpoint', 'pid', 'cpu')
         return {key: value for item in document for key, value in flat(
-            item, (*path, f'={next(item[name] for name in names if name in item)}')).items()}
+            item, (*path, f'={next((item[name] for name in names if name in item), None)}')).items()}
     return {path: document}
 
 
@@ -5723,7 +6270,7 @@ class EachFileTest(KernelCase):
             self.assertEqual(set(), {name for name in different
                                      if not RESTLESS.fullmatch(name) and not re.fullmatch(own, name)})
             numbers = (str(value) for name, value in fields.items()
-                       if self.whole.get(name) != value and not field_of(name).startswith('platform'))
+                       if self.whole.get(name) != value and not field_of(name).startswith(('platform', 'os_release')))
             self.assertEqual([], [number for number in numbers if re.fullmatch(r'-?[\d.e+]+|nan|inf', number)
                                   and NO_NUMBER.fullmatch(number) and not number.startswith('179')])
         return failures
@@ -5732,7 +6279,8 @@ class EachFileTest(KernelCase):
         count = 0
         for path, own in self.files():
             # What may be any text is not malformed.
-            any_text = re.search('comm$|etc/|hostname|osrelease|arch$|boot_id|uuid|address|operstate|procs$', path)
+            any_text = re.search('comm$|etc/|hostname|osrelease|arch$|boot_id|uuid|address|operstate|'
+                                 f'schedstat$|nfs$|{POD}/cgroup.procs$', path)
             failures = self.check(path, 'malformed', own, lambda content: write_tree('/', {path: b'x y\xff z\nx\n'}))
             self.assertEqual(bool(any_text), not failures, path)
             failures = self.check(path, 'a loop', own, lambda content: os.symlink(path, path))
@@ -5749,6 +6297,457 @@ class EachFileTest(KernelCase):
         for path, own in self.files():
             for number in b'-1', b'18446744073709551615', b'9223372036854775808', b'nan', b'1_0':
                 self.check(path, number, own, lambda content: write_tree('/', {path: numbers.sub(number, content)}))
+
+
+# --- stock dashboards
+
+# What the dashboards and rules of node_exporter's and Kubernetes' mixins and the dashboard 1860 of grafana.com ask for
+# by name, without what their own rules record.
+ASKED = '''
+container_cpu_cfs_periods_total container_cpu_cfs_throttled_periods_total container_cpu_usage_seconds_total
+container_fs_reads_bytes_total container_fs_reads_total container_fs_writes_bytes_total container_fs_writes_total
+container_memory_cache container_memory_rss container_memory_swap container_memory_working_set_bytes
+container_network_receive_bytes_total container_network_receive_packets_dropped_total
+container_network_receive_packets_total container_network_transmit_bytes_total
+container_network_transmit_packets_dropped_total container_network_transmit_packets_total node_arp_entries
+node_bonding_active node_bonding_slaves node_boot_time_seconds node_context_switches_total node_cooling_device_cur_state
+node_cooling_device_max_state node_cpu_guest_seconds_total node_cpu_scaling_frequency_hertz
+node_cpu_scaling_frequency_max_hertz node_cpu_scaling_frequency_min_hertz node_cpu_seconds_total
+node_disk_discard_time_seconds_total node_disk_discarded_sectors_total node_disk_discards_completed_total
+node_disk_discards_merged_total node_disk_flush_requests_time_seconds_total node_disk_flush_requests_total
+node_disk_io_now node_disk_io_time_seconds_total node_disk_io_time_weighted_seconds_total node_disk_read_bytes_total
+node_disk_read_time_seconds_total node_disk_reads_completed_total node_disk_reads_merged_total
+node_disk_write_time_seconds_total node_disk_writes_completed_total node_disk_writes_merged_total
+node_disk_written_bytes_total node_entropy_available_bits node_entropy_pool_size_bits node_exporter_build_info
+node_filefd_allocated node_filefd_maximum node_filesystem_avail_bytes node_filesystem_device_error node_filesystem_files
+node_filesystem_files_free node_filesystem_free_bytes node_filesystem_readonly node_filesystem_size_bytes
+node_forks_total node_hwmon_chip_names node_hwmon_fan_min_rpm node_hwmon_fan_rpm node_hwmon_temp_celsius
+node_hwmon_temp_crit_alarm_celsius node_hwmon_temp_crit_celsius node_hwmon_temp_crit_hyst_celsius
+node_hwmon_temp_max_celsius node_interrupts_total node_intr_total node_kernel_hung_tasks node_load1 node_load15
+node_load5 node_md_disks node_md_disks_required node_memory_Active_anon_bytes node_memory_Active_bytes
+node_memory_Active_file_bytes node_memory_AnonHugePages_bytes node_memory_AnonPages_bytes node_memory_Buffers_bytes
+node_memory_Cached_bytes node_memory_CommitLimit_bytes node_memory_Committed_AS_bytes node_memory_DirectMap1G_bytes
+node_memory_DirectMap2M_bytes node_memory_DirectMap4k_bytes node_memory_Dirty_bytes node_memory_HardwareCorrupted_bytes
+node_memory_HugePages_Free node_memory_HugePages_Rsvd node_memory_HugePages_Surp node_memory_HugePages_Total
+node_memory_Hugepagesize_bytes node_memory_Inactive_anon_bytes node_memory_Inactive_bytes
+node_memory_Inactive_file_bytes node_memory_KernelStack_bytes node_memory_Mapped_bytes node_memory_MemAvailable_bytes
+node_memory_MemFree_bytes node_memory_MemTotal_bytes node_memory_Mlocked_bytes node_memory_NFS_Unstable_bytes
+node_memory_PageTables_bytes node_memory_Percpu_bytes node_memory_SReclaimable_bytes node_memory_SUnreclaim_bytes
+node_memory_ShmemHugePages_bytes node_memory_ShmemPmdMapped_bytes node_memory_Shmem_bytes node_memory_Slab_bytes
+node_memory_SwapCached_bytes node_memory_SwapFree_bytes node_memory_SwapTotal_bytes node_memory_Unevictable_bytes
+node_memory_VmallocChunk_bytes node_memory_VmallocTotal_bytes node_memory_VmallocUsed_bytes
+node_memory_WritebackTmp_bytes node_memory_Writeback_bytes node_memory_Zswap_bytes node_memory_Zswapped_bytes
+node_netstat_Icmp_InErrors node_netstat_Icmp_InMsgs node_netstat_Icmp_OutMsgs node_netstat_IpExt_InOctets
+node_netstat_IpExt_OutOctets node_netstat_TcpExt_ListenDrops node_netstat_TcpExt_ListenOverflows
+node_netstat_TcpExt_SyncookiesFailed node_netstat_TcpExt_SyncookiesRecv node_netstat_TcpExt_SyncookiesSent
+node_netstat_TcpExt_TCPOFOQueue node_netstat_TcpExt_TCPRcvQDrop node_netstat_TcpExt_TCPSynRetrans
+node_netstat_TcpExt_TCPTimeouts node_netstat_Tcp_ActiveOpens node_netstat_Tcp_CurrEstab node_netstat_Tcp_InErrs
+node_netstat_Tcp_InSegs node_netstat_Tcp_MaxConn node_netstat_Tcp_OutRsts node_netstat_Tcp_OutSegs
+node_netstat_Tcp_PassiveOpens node_netstat_Tcp_RetransSegs node_netstat_UdpLite_InErrors node_netstat_Udp_InDatagrams
+node_netstat_Udp_InErrors node_netstat_Udp_NoPorts node_netstat_Udp_OutDatagrams node_netstat_Udp_RcvbufErrors
+node_netstat_Udp_SndbufErrors node_network_carrier node_network_mtu_bytes node_network_receive_bytes_total
+node_network_receive_compressed_total node_network_receive_drop_total node_network_receive_errs_total
+node_network_receive_fifo_total node_network_receive_frame_total node_network_receive_multicast_total
+node_network_receive_nohandler_total node_network_receive_packets_total node_network_speed_bytes
+node_network_transmit_bytes_total node_network_transmit_carrier_total node_network_transmit_colls_total
+node_network_transmit_compressed_total node_network_transmit_drop_total node_network_transmit_errs_total
+node_network_transmit_fifo_total node_network_transmit_packets_total node_network_up node_nf_conntrack_entries
+node_nf_conntrack_entries_limit node_power_supply_online node_pressure_cpu_waiting_seconds_total
+node_pressure_io_stalled_seconds_total node_pressure_io_waiting_seconds_total node_pressure_irq_stalled_seconds_total
+node_pressure_memory_stalled_seconds_total node_pressure_memory_waiting_seconds_total node_processes_max_processes
+node_processes_max_threads node_processes_pids node_processes_state node_processes_threads node_procs_blocked
+node_procs_running node_schedstat_running_seconds_total node_schedstat_timeslices_total
+node_schedstat_waiting_seconds_total node_scrape_collector_duration_seconds node_scrape_collector_success
+node_sockstat_FRAG_inuse node_sockstat_FRAG_memory node_sockstat_RAW_inuse node_sockstat_TCP_alloc
+node_sockstat_TCP_inuse node_sockstat_TCP_mem node_sockstat_TCP_mem_bytes node_sockstat_TCP_orphan node_sockstat_TCP_tw
+node_sockstat_UDPLITE_inuse node_sockstat_UDP_inuse node_sockstat_UDP_mem node_sockstat_UDP_mem_bytes
+node_sockstat_sockets_used node_softnet_dropped_total node_softnet_flow_limit_count_total node_softnet_processed_total
+node_softnet_received_rps_total node_softnet_times_squeezed_total node_systemd_service_restart_total
+node_systemd_socket_accepted_connections_total node_systemd_socket_current_connections
+node_systemd_socket_refused_connections_total node_systemd_unit_state node_systemd_units node_tcp_connection_states
+node_textfile_scrape_error node_time_seconds node_timex_estimated_error_seconds node_timex_frequency_adjustment_ratio
+node_timex_loop_time_constant node_timex_maxerror_seconds node_timex_offset_seconds node_timex_pps_calibration_total
+node_timex_pps_error_total node_timex_pps_frequency_hertz node_timex_pps_jitter_seconds node_timex_pps_jitter_total
+node_timex_pps_shift_seconds node_timex_pps_stability_exceeded_total node_timex_pps_stability_hertz
+node_timex_sync_status node_timex_tai_offset_seconds node_timex_tick_seconds node_udp_queues node_uname_info
+node_vmstat_oom_kill node_vmstat_pgfault node_vmstat_pgmajfault node_vmstat_pgpgin node_vmstat_pgpgout
+node_vmstat_pswpin node_vmstat_pswpout process_cpu_seconds_total process_max_fds process_open_fds
+process_virtual_memory_bytes process_virtual_memory_max_bytes
+'''.split()
+# Those that are not there.
+NOT_THERE = {
+    # systemd tells these over D-Bus; node_exporter leaves them out by default.
+    *'''node_systemd_service_restart_total node_systemd_socket_accepted_connections_total
+        node_systemd_socket_current_connections node_systemd_socket_refused_connections_total node_systemd_unit_state
+        node_systemd_units'''.split(),
+    # What no kernel and no node_exporter has: the file, and the name, are hung_task_detect_count.
+    'node_kernel_hung_tasks',
+    # A file of each process; a line of each interrupt with a column of each CPU. Neither is read.
+    'node_processes_state', 'node_interrupts_total',
+    # -1, which says that there is no limit.
+    'node_netstat_Tcp_MaxConn'}
+# Of the kernel's files all names, of netstat some; kernel 6.12, Debian 13, x86_64, and Zswap.
+MEMINFO_NAMES = '''
+MemTotal MemFree MemAvailable Buffers Cached SwapCached Active Inactive Active(anon) Inactive(anon) Active(file)
+Inactive(file) Unevictable Mlocked SwapTotal SwapFree Zswap Zswapped Dirty Writeback AnonPages Mapped Shmem KReclaimable
+Slab SReclaimable SUnreclaim KernelStack PageTables SecPageTables NFS_Unstable Bounce WritebackTmp CommitLimit
+Committed_AS VmallocTotal VmallocUsed VmallocChunk Percpu HardwareCorrupted AnonHugePages ShmemHugePages ShmemPmdMapped
+FileHugePages FilePmdMapped Unaccepted HugePages_Total HugePages_Free HugePages_Rsvd HugePages_Surp Hugepagesize Hugetlb
+DirectMap4k DirectMap2M DirectMap1G
+'''.split()
+UDP_NAMES = 'InDatagrams NoPorts InErrors OutDatagrams RcvbufErrors SndbufErrors InCsumErrors IgnoredMulti MemErrors'
+SNMP_NAMES = {
+    'Ip': 'Forwarding DefaultTTL InReceives InHdrErrors InAddrErrors ForwDatagrams InUnknownProtos InDiscards '
+          'InDelivers OutRequests OutDiscards OutNoRoutes ReasmTimeout ReasmReqds ReasmOKs ReasmFails FragOKs',
+    'Icmp': 'InMsgs InErrors InCsumErrors InDestUnreachs InTimeExcds InEchos InEchoReps OutMsgs OutErrors OutEchos',
+    'Tcp': 'RtoAlgorithm RtoMin RtoMax MaxConn ActiveOpens PassiveOpens AttemptFails EstabResets CurrEstab InSegs '
+           'OutSegs RetransSegs InErrs OutRsts InCsumErrors', 'Udp': UDP_NAMES, 'UdpLite': UDP_NAMES}
+NETSTAT_NAMES = {
+    'TcpExt': 'SyncookiesSent SyncookiesRecv SyncookiesFailed EmbryonicRsts TW DelayedACKs ListenOverflows ListenDrops '
+              'TCPTimeouts TCPBacklogDrop TCPOFOQueue TCPSynRetrans TCPOrigDataSent TCPRcvQDrop',
+    'IpExt': 'InNoRoutes InOctets OutOctets InMcastOctets'}
+
+
+def two_lines(names):
+    """As in snmp, of each protocol a line of names and one of numbers, which count; MaxConn has no limit."""
+    text, count = '', itertools.count(1)
+    for protocol, words in names.items():
+        numbers = ' '.join('-1' if word == 'MaxConn' else str(next(count)) for word in words.split())
+        text += f'{protocol}: {words}\n{protocol}: {numbers}\n'
+    return text
+
+
+# A node of two CPUs with the hardware; of each file all that dashboards ask for.
+STOCK_NODE = {
+    **NODE, **HARDWARE, 'proc/stat': STAT, 'proc/cpuinfo': CPUINFO_X86,
+    'proc/meminfo': ''.join(f'{name}: {number}{"" if name.startswith("HugePages_") else " kB"}\n'
+                            for number, name in enumerate(MEMINFO_NAMES, 101)).replace('MemTotal: ', 'MemTotal: 9'),
+    'proc/vmstat': counting_lines('nr_free_pages pgpgin pgpgout pswpin pswpout pgfault pgmajfault oom_kill'),
+    'proc/pressure/io': 'some avg10=1.0 avg60=2.0 avg300=3.0 total=4\nfull avg10=5.0 avg60=6.0 avg300=7.0 total=8\n',
+    'proc/1/net/snmp': two_lines(SNMP_NAMES), 'proc/1/net/netstat': two_lines(NETSTAT_NAMES),
+    'proc/1/net/snmp6': counting_lines('Ip6InReceives Icmp6InMsgs Icmp6OutMsgs Udp6InErrors'),
+    'proc/1/net/sockstat6': 'TCP6: inuse 2\nUDP6: inuse 3\nRAW6: inuse 1\nFRAG6: inuse 0 memory 0\n',
+    'proc/sys/kernel/random/boot_id': read_text('/proc/sys/kernel/random/boot_id'),
+    'proc/1/net/tcp6': TCP, 'proc/1/net/udp6': UDP.replace('07 00000000:00000000', '07 00000003:0000000A'),
+    'proc/77/net/dev': NET_DEV.replace('enp0s3', '  eth0'), 'sys/class/net/enp0s3/speed': '1000\n',
+    'sys/devices/system/cpu/cpu1/topology/physical_package_id': '0\n',
+    'sys/devices/system/cpu/cpu1/topology/core_id': '1\n',
+    **V2, **below('sys/fs/cgroup', {name: GROUP_V2[name] for name in (
+        'cpu.stat', 'memory.stat', 'io.stat', 'cpu.pressure', 'memory.pressure', 'io.pressure', 'cgroup.procs')}),
+    **below('sys/fs/cgroup/system.slice/kubelet.service', GROUP_V2)}
+
+
+class Labels(Dict[str, str]):
+    """Of a sample. What says nothing is as good as absent."""
+
+    def __hash__(self):
+        return hash(frozenset(self.items()))
+
+
+def samples_of(text):
+    """By name and labels the values of an exposition; there is none twice."""
+    samples = collections.defaultdict(dict)
+    for line in text.splitlines():
+        if line[:1] != '#':
+            name, labels, number = re.fullmatch(r'(\w+)(?:\{(.*)\})? (\S+)', line).groups()
+            labels = Labels(re.findall(r'(\w+)="((?:[^"\\]|\\.)+)"', labels or ''))
+            if labels in samples[name]:
+                raise ValueError(f'twice: {line}')
+            samples[name][labels] = float(number)
+    return dict(samples)
+
+
+class StockCase(KernelCase):
+    """A node with the hardware, and a pod of two containers."""
+
+    def setUp(self):
+        super().setUp()
+        self.groups = {name: {**GROUP_V2, 'cpu.weight': '100\n', 'memory.current': '50\n', 'cgroup.procs': '77\n'}
+                       for name in (POD, APP, SIDE)}
+        self.write(STOCK_NODE)
+        self.snapshots, self.agent = agent.State(10), agent.AgentStats()
+        self.snapshots.runtime = self.state
+
+    def start(self, **answers):
+        self.patch(read_timex=lambda: timex(**{name: number for number, name in enumerate(TIMEX, 1)}))
+        writable = dict(writable_layer=cri.FilesystemUsage(
+            timestamp=1, fs_id={'mountpoint': '/data/x'}, used_bytes=value(14)))
+        return super().start(**{
+            'ListContainers': list_containers(*(container(name, POD, image=f'registry/{name[:2]}:1')
+                                                for name in (APP, SIDE))),
+            'ListContainerStats': list_stats(*(
+                stats(name, 10**9, 5_000_000_000, memory=memory_stats(range(1, 7)), **writable)
+                for name in (APP, SIDE))),
+            'ContainerStatus': status_of(state=cri.CONTAINER_RUNNING, started_at=10**18), **answers})
+
+    def snapshot(self, roots=None, source='cgroup'):
+        """One in which the layers are known."""
+        options = agent.parse_options(['--cri-socket', self.socket, '--container-stats', source], {})
+        self.failures = {}
+
+        def taken():
+            metrics, self.failures = agent.collect_snapshot(
+                roots or self.write({}), options, self.snapshots, self.agent)
+            layers = [container.HasField('file_system_metrics') for pod in metrics.pod_metrics
+                      for container in pod.container_metrics]
+            return metrics if all(layers) else None
+
+        return wait_for('the layers', taken)
+
+    def parts(self, **arguments):
+        """The samples of both paths."""
+        metrics = self.snapshot(**arguments)
+        return [samples_of(agent.render_part(metrics, part, False)) for part in (agent.NODE, agent.CADVISOR)]
+
+
+class StockTest(StockCase):
+    def test_names_that_dashboards_ask_for_are_there_but_for_these(self):
+        self.start()
+        node, containers = self.parts()
+        self.assertEqual({}, self.failures)
+        self.assertEqual(NOT_THERE, {*ASKED} - node.keys() - containers.keys())
+        self.assertEqual(set(), node.keys() & containers.keys())
+
+    def test_promtool_has_nothing_to_say_of_all_of_them(self):
+        self.start()
+        metrics = self.snapshot()
+        for part in agent.NODE, agent.CADVISOR:
+            self.assertEqual([], self.complaints(agent.render_part(metrics, part, False)))
+
+    def test_container_pod_service_and_root_have_cadvisors_labels(self):
+        """https://github.com/google/cadvisor/blob/master/docs/storage/prometheus.md; those of the kubelet's."""
+        self.start()
+        _, containers = self.parts()
+        usage = containers['container_cpu_usage_seconds_total']
+        pod = {'id': f'/kubepods/pod{UID}', 'namespace': 'default', 'pod': f'{POD}-name'}
+        of_containers = [{**pod, 'id': f'{pod["id"]}/{name}', 'container': f'{name}-name', 'name': name,
+                          'image': f'registry/{name[:2]}:1'} for name in (APP, SIDE)]
+        others = {'id': '/'}, {'id': '/system.slice/kubelet.service'}
+        self.assertEqual({Labels(labels, cpu='total') for labels in (pod, *of_containers, *others)}, {*usage})
+        self.assertEqual([1e-6, 1e-6, 0.002001], [usage[Labels(labels, cpu='total')]
+                                                  for labels in (others[0], of_containers[0], pod)])
+        # Whatever else a series has: a container has all of these, and nothing else has one of them.
+        for name, samples in containers.items():
+            for labels in samples if name.startswith('container_') else ():
+                with self.subTest(name, labels=labels):
+                    if 'interface' in labels:
+                        self.assertEqual({'interface', 'namespace', 'pod'}, {*labels})
+                        continue
+                    whole = next(whole for whole in (*of_containers, pod, *others) if whole.items() <= labels.items())
+                    self.assertLessEqual({*labels} - {*whole}, {'cpu', 'device', 'failure_type', 'scope'})
+
+    def test_devices_have_the_names_that_dashboards_match(self):
+        self.start()
+        node, containers = self.parts()
+        match = re.compile('(/dev/)?(mmcblk.p.+|nvme.+|rbd.+|sd.+|vd.+|xvd.+|dm-.+|md.+|dasd.+)')
+        for name, number in (('reads_bytes', 629145600), ('writes_bytes', 629145600), ('reads', 688), ('writes', 903)):
+            samples = {labels['device']: value for labels, value in containers[f'container_fs_{name}_total'].items()
+                       if labels.get('name') == APP}
+            # 8:16 is no disk of /proc/diskstats.
+            self.assertEqual(({'/dev/vda', '8:16'}, number), ({*samples}, samples['/dev/vda']))
+            self.assertTrue(match.fullmatch('/dev/vda'))
+        disk, = {labels['device'] for labels in containers['container_fs_usage_bytes']}
+        self.assertIn(disk, {labels['device'] for labels in node['node_filesystem_size_bytes']})
+        for name, of_node in (('limit_bytes', 'size_bytes'), ('inodes_total', 'files'), ('inodes_free', 'files_free')):
+            self.assertEqual({*containers[f'container_fs_{name}'].values()}, {
+                value for labels, value in node[f'node_filesystem_{of_node}'].items() if labels['device'] == disk})
+
+    def test_shares_are_those_of_v1(self):
+        """kubelet: weight = 1 + (shares - 2) * 9999 / 262142."""
+        self.check_table(agent.shares_of, [(1, 2), (39, 998), (100, 2597), (10000, 262144)])
+        for shares in 2, 102, 1024, 262144:
+            self.assertAlmostEqual(shares, agent.shares_of(1 + (shares - 2) * 9999 // 262142), delta=27)
+        self.start()
+        _, containers = self.parts()
+        self.assertEqual([2597, 2597], [value for labels, value in containers['container_spec_cpu_shares'].items()
+                                        if 'name' in labels])
+
+    def test_numbers_of_the_runtime_are_under_the_same_names(self):
+        """They have no cgroup, and so no id."""
+        self.start()
+        _, containers = self.parts(source='cri')
+        labels = {'container': f'{APP}-name', 'name': APP, 'image': 'registry/a1:1', 'namespace': 'default',
+                  'pod': f'{POD}-name'}
+        found = {name: value for name, samples in containers.items() for series, value in samples.items()
+                 if series.get('name') == APP and labels.items() <= series.items() and 'id' not in series}
+        self.assertEqual({'container_cpu_usage_seconds_total': 5.0, 'container_memory_working_set_bytes': 1,
+                          'container_memory_usage_bytes': 3, 'container_memory_rss': 4, 'container_fs_usage_bytes': 14,
+                          'container_start_time_seconds': 10**9}, {
+            name: value for name, value in found.items()
+            if not re.match('kubensage_|container_fs_(limit|inodes)|container_last_seen', name)})
+        # Whoever asks for the root gets the root alone.
+        self.assertEqual([], [(name, series) for name, samples in containers.items() for series in samples
+                              if series.get('id') == '/' and 'name' in series])
+
+    def test_container_that_was_restarted_or_has_ended_is_there_once(self):
+        del self.groups[SIDE]
+        self.start(ListContainers=list_containers(
+            container(APP, POD), container('ended', POD, cri.CONTAINER_EXITED),
+            *(cri.Container(id=f'old{number}', pod_sandbox_id=POD, state=cri.CONTAINER_EXITED, created_at=1,
+                            metadata={'name': f'{APP}-name'}) for number in (1, 2))),
+                   ContainerStatus=status_of(state=cri.CONTAINER_EXITED, started_at=10**18, exit_code=3),
+                   ListContainerStats=list_stats(*(stats(name, 1, 2, writable_layer=layer(1, 2))
+                                                   for name in (APP, 'ended', 'old1', 'old2'))))
+        _, containers = self.parts()
+        by_container = collections.defaultdict(set)
+        for name, samples in containers.items():
+            for labels in samples:
+                if 'name' in labels:
+                    by_container[labels['name']].add(name)
+        self.assertEqual({APP, 'ended'}, by_container.keys())
+        self.assertEqual(1, len([labels for labels in containers['container_memory_rss'] if 'name' in labels]))
+        # It uses nothing and nobody sees it; what is known of its end stays.
+        self.assertEqual({'kubensage_container_info', 'kubensage_container_exit_code', 'container_start_time_seconds'},
+                         {name for name in by_container['ended'] if not name.startswith('container_fs_')})
+        now = time.time()
+        self.assertEqual([], [labels for labels, value in containers['container_last_seen'].items()
+                              if not now - 60 < value < now + 60])
+
+    def test_collector_has_success_but_where_a_file_of_its_is_malformed(self):
+        self.start()
+        self.write({'proc/diskstats': 'x\n', 'proc/vmstat': 'oom_kill\n'})
+        node, _ = self.parts()
+        self.assertEqual({*self.failures}, {'disk I/O: diskstats', 'memory: vmstat'})
+        success, seconds = (
+            {labels['collector']: value for labels, value in node[f'node_scrape_collector_{name}'].items()}
+            for name in ('success', 'duration_seconds'))
+        self.assertEqual(dict.fromkeys(agent.NODE_SUBJECTS, 1) | {'disk I/O': 0, 'memory': 0}, success)
+        self.assertEqual(success.keys(), seconds.keys())
+        self.assertTrue(all(0 < value < 5 for value in seconds.values()), seconds)
+
+
+# --- beside node_exporter
+
+# Names that node_exporter 1.5 serves and the agent does not.
+THEIRS_ALONE = re.compile('|'.join((
+    # Of netstat's 150 names the agent takes those that tell of trouble or of load; -1 is no limit.
+    r'node_netstat_(TcpExt|IpExt|MPTcpExt)_\w+|node_netstat_Tcp_MaxConn',
+    # What an interface is: nobody asks; carriers that come and go show in node_network_up.
+    'node_network_(address_assign_type|carrier_(up_|down_)?changes_total|device_id|dormant|flags|iface_id|iface_link|'
+    'iface_link_mode|info|name_assign_type|net_dev_group|protocol_type|transmit_queue_length)',
+    # -125000 where it is not known.
+    'node_network_speed_bytes',
+    # A file of each process and thread; a line of each CPU.
+    r'node_processes_(state|threads_state)|node_nf_conntrack_stat_\w+',
+    # What does not change and is in no expression.
+    'node_(disk_info|os_version|power_supply_info|selinux_(enabled|config_mode|current_mode)|cpu_info|nvme_info)',
+    r'node_time_(clocksource_(available|current)_info|zone_offset_seconds)',
+    # Of an array, its disks are enough.
+    r'node_md_(blocks(_synced)?|state)',
+    # Other systems of files and networks, and what the CPU takes.
+    r'node_(xfs|btrfs|zfs|bcache|infiniband|fibrechannel|ipvs|tape|rapl|nfs|nfsd)_\w+', r'promhttp_\w+')))
+# What node_exporter asks the kernel for, or reads of this machine, whatever its --path.* say.
+NOT_OF_A_TREE = re.compile(r'node_(uname|os|time|timex|network_(receive|transmit)|filesystem|processes|tcp)_\w+|'
+                           'node_network_(up|carrier|mtu_bytes)')
+
+
+class NodeExporterTest(StockCase):
+    """Debian's prometheus-node-exporter, version 1.5, sees the same."""
+    PROGRAM = 'prometheus-node-exporter'
+    # The same disks and interfaces as ours, and what it leaves out by default.
+    ARGUMENTS = ('--collector.netstat.fields=.*', '--collector.processes', '--collector.tcpstat',
+                 '--no-collector.systemd', '--web.disable-exporter-metrics', '--collector.netdev.device-exclude=',
+                 r'--collector.diskstats.device-exclude=^((z?ram|loop|fd|sr)\d+|(h|s|v|xv)d[a-z]+\d+|nvme\d+n\d+p\d+)$')
+    # Their labels say more; their collectors have other names.
+    OTHER_LABELS = re.compile('node_(exporter_build_info|uname_info|scrape_collector_.*)')
+    # Of the tree that both read: what the kernel has beside, without which node_exporter reads none of it.
+    BESIDE = {
+        'proc/stat': STAT.replace('softirq 123636 0 22132 8 7522', 'softirq 0 0 0 0 0 0 0 0 0 0 0'),
+        'proc/mdstat': 'Personalities : [raid5]\nmd0 : active raid5 sda1[0] sdb1[1](W) sdc1[2](F) sdd1[3](S)\n'
+                       '      2093056 blocks super 1.2 level 5, 512k chunk, algorithm 2 [3/2] [UU_]\n\n'
+                       'unused devices: <none>\n',
+        'sys/class/net/bonding_masters': 'bond0\n',
+        'sys/class/net/bond0/bonding/mode': 'balance-rr 0\n',
+        'proc/net/stat/nf_conntrack': f'entries ...\n{"00000001 " * 17}\n',
+        **{f'sys/devices/system/cpu/cpu{cpu}/cpufreq/related_cpus': '0 1\n' for cpu in (0, 1)},
+        **{f'sys/devices/system/cpu/cpu{cpu}/cpufreq/scaling_setspeed': '<unsupported>\n' for cpu in (0, 1)}}
+    # Values that a look changes, by how much at most.
+    RESTLESS = {'node_procs_running': 20, 'node_procs_blocked': 20, 'node_filefd_allocated': 200,
+                'node_entropy_available_bits': 256, 'node_time_seconds': 1, 'node_processes_pids': 20,
+                'node_processes_threads': 50, 'node_sockstat_sockets_used': 20}
+
+    def start_exporter(self, *arguments):
+        """A connection to one that answers. It stays open: it is one of the sockets that both count."""
+        self.tool(self.PROGRAM, '--version')
+        with contextlib.closing(socket.socket()) as free:
+            free.bind(('127.0.0.1', 0))
+            address = free.getsockname()
+        self.spawn([self.PROGRAM, '--web.listen-address={}:{}'.format(*address), *self.ARGUMENTS, *arguments],
+                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        connection = http.client.HTTPConnection(*address, timeout=PATIENCE_SECONDS)
+        self.addCleanup(connection.close)
+
+        def answers():
+            with contextlib.suppress(OSError):
+                connection.connect()
+                return True
+
+        wait_for(self.PROGRAM, answers)
+        return connection
+
+    def scrape(self, connection):
+        connection.request('GET', '/metrics')
+        return samples_of(connection.getresponse().read().decode())
+
+    def check_names(self, ours, theirs, others=''):
+        """Returned are those that both have, and mean the same by."""
+        self.assertEqual([], sorted(name for name in theirs.keys() - ours.keys()
+                                    if not (THEIRS_ALONE.fullmatch(name) or re.match(f'({others})$', name))))
+        return {name for name in ours.keys() & theirs.keys()
+                if not (self.OTHER_LABELS.fullmatch(name) or re.match(f'({others})$', name))}
+
+    def test_of_a_tree_both_say_the_same(self):
+        """But: serial numbers are not for every reader; errors of no known row are in the sum."""
+        roots = self.write({**STOCK_NODE, **self.BESIDE, **{
+            path.replace('/1/', '/'): text for path, text in STOCK_NODE.items() if path.startswith('proc/1/net/')}})
+        theirs = self.scrape(self.start_exporter(f'--path.procfs={roots.procfs}', f'--path.sysfs={roots.sysfs}'))
+        self.start()
+        ours, _ = self.parts()
+        names = {name for name in self.check_names(ours, theirs) if not NOT_OF_A_TREE.fullmatch(name)}
+        for name in sorted(names):
+            said = {Labels({key: label for key, label in labels.items() if key != 'product_serial'}): value
+                    for labels, value in theirs[name].items() if labels.get('csrow') != 'unknown'}
+            with self.subTest(name):
+                self.assertEqual(said.keys(), ours[name].keys())
+                for labels, value in said.items():
+                    self.assertAlmostEqual(value, ours[name][labels], delta=1e-12 * abs(value), msg=labels)
+        # Of each kind there was something to compare.
+        self.assertEqual({name.split('_')[1] for name in names}, {
+            *'arp bonding boot context cooling cpu disk dmi edac entropy filefd forks hwmon intr load1 load15 load5 md '
+             'memory netstat network nf nfs power pressure procs schedstat sockstat softnet textfile thermal udp '
+             'vmstat'.split()})
+        self.assertLess(200, len(names))
+
+    def test_of_this_machine_both_say_the_same(self):
+        """What moves is between what node_exporter says before and after, at least now and then. Hardware is compared
+        above; the agent knows the devices of file systems by the kernel's names."""
+        def without_device(samples):
+            return {name: {Labels({key: label for key, label in labels.items() if key != 'device'}): value
+                           for labels, value in values.items()} if name.startswith('node_filesystem_') else values
+                    for name, values in samples.items()}
+
+        connection = self.start_exporter()
+        # Of pods' interfaces and of file systems without storage the agent has none, and no queues of TCP.
+        fewer, left = re.compile('node_(network|filesystem|disk)_.*|node_tcp_connection_states'), None
+        for _ in range(50):
+            self.snapshots.node.sockets_due = self.snapshots.node.hardware_due = 0.0
+            before, ours, after = map(without_device, (
+                self.scrape(connection), self.parts(roots=LIVE)[0], self.scrape(connection)))
+            names, wrong = self.check_names(ours, before, r'node_(hwmon|power_supply|dmi|edac)_\w+'), set()
+            for name in names & after.keys():
+                known = before[name].keys() & after[name].keys()
+                wrong |= {(name, labels) for labels in ours[name].keys() - before[name].keys() - after[name].keys()}
+                wrong |= {(name, labels) for labels in known - ours[name].keys() if not fewer.fullmatch(name)}
+                for labels in known & ours[name].keys():
+                    low, high = sorted((before[name][labels], after[name][labels]))
+                    slack = self.RESTLESS.get(name, 0) + 1e-12 * abs(high)
+                    if not low - slack <= ours[name][labels] <= high + slack:
+                        wrong.add((name, labels))
+            left = wrong if left is None else left & wrong
+            if not left:
+                break
+        self.assertEqual(set(), left, [(ours[name].get(labels), after[name].get(labels)) for name, labels in left])
+        self.assertLess(200, len(names))
 
 
 # --- snapshot
@@ -5837,6 +6836,9 @@ class SnapshotTest(Case):
         self.assertAlmostEqual(second.threads, len(os.listdir('/proc/self/task')), delta=3)
         self.assertAlmostEqual(second.open_files, len(os.listdir('/proc/self/fd')), delta=3)
         self.assertTrue(1 << 20 < second.resident_bytes < 1 << 30)
+        self.assertEqual(['container statistics', 'memory: meminfo'], list(second.failing_subjects))
+        self.assertEqual(agent.NODE_SUBJECTS.keys(), {*second.subject_seconds})
+        self.assertTrue(0 < sum(second.subject_seconds.values()) < 5, second.subject_seconds)
         calls = second.cri_methods
         self.assertEqual({call.method: (call.calls_total, call.failures_total) for call in calls}, {
             'Version': (1, 0), 'ListPodSandbox': (2, 0), 'ListContainers': (2, 0), 'ListContainerStats': (4, 4),
@@ -5849,11 +6851,36 @@ class SnapshotTest(Case):
             'reconnects_total': '4',
             'dropped_total': {'size': '3', 'retention': '0', 'too large': '0', 'damaged': '0', 'refused': '0'}})
 
+    def test_numbers_of_the_process_are_those_of_its_own_proc(self):
+        process = self.start('--main-loop-duration', '0.2', change=(
+            'import resource; resource.setrlimit(resource.RLIMIT_AS, (1 << 36, resource.RLIM_INFINITY)); '
+            'resource.setrlimit(resource.RLIMIT_NOFILE, (2000, 3000))'))
+        ours = [process.next_snapshot() for _ in range(2)][1].agent_metrics
+        status = dict(re.findall(r'^(\w+):\s+(\d+)', read_text(f'/proc/{process.pid}/status'), re.M))
+        ticks = read_text(f'/proc/{process.pid}/stat').rpartition(')')[2].split()
+        size, resident = (int(status[name]) << 10 for name in ('VmSize', 'VmRSS'))
+        self.check_close((size, resident, int(status['Threads']),
+                          (int(ticks[11]) + int(ticks[12])) / os.sysconf('SC_CLK_TCK'),
+                          len(os.listdir(f'/proc/{process.pid}/fd'))),
+                         (ours.virtual_bytes, ours.resident_bytes, ours.threads, ours.cpu_seconds_total,
+                          ours.open_files), (1 << 27, 1 << 26, 10, 2, 20))
+        self.assertLess(abs(size - ours.virtual_bytes), abs(resident - ours.virtual_bytes))
+        self.assertLess(abs(resident - ours.resident_bytes), abs(size - ours.resident_bytes))
+        limits = dict(re.findall(r'^Max (open files|address space) +(\d+)', read_text(f'/proc/{process.pid}/limits'),
+                                 re.MULTILINE))
+        self.assertEqual((int(limits['open files']), 1 << 36), (ours.max_open_files, ours.max_virtual_bytes))
+        self.assertIn(ours.max_open_files, (2000, 3000))
+        booted = int(re.search(r'btime (\d+)', read_text('/proc/stat'))[1])
+        self.assertAlmostEqual(booted + int(ticks[19]) / os.sysconf('SC_CLK_TCK'), ours.start_time_seconds, delta=10)
+        # Without a limit, what node_exporter says then: 2^64-1.
+        self.assertEqual(resource.getrlimit(resource.RLIMIT_AS)[0] % 2**64,
+                         self.snapshot().agent_metrics.max_virtual_bytes)
+
     def test_open_files_are_listed_once_a_minute(self):
         stats, seen = self.stats, []
         for due in 0.0, math.inf, 0.0:
             stats.open_files_due, message = due, wire.AgentMetrics()
-            agent.collect_agent(message, stats, None, 1)
+            agent.collect_agent(message, stats, None, 1, agent.Cycle(LIVE, 5, {}))
             seen.append(message.open_files)
             self.addCleanup(os.close, os.open('/', os.O_RDONLY))
         self.assertEqual(seen, [seen[0], seen[0], seen[0] + 2])
@@ -8388,6 +9415,23 @@ PROMISE = ("every snapshot taken is delivered at least once while it is younger 
            "restart")
 
 
+class ReadmeRulesTest(Case):
+    def test_rules_and_scrape_jobs_are_those_that_prometheus_takes(self):
+        """But for the service discovery, which Debian's promtool does not know."""
+        self.tool('promtool', '--version')
+        readme = read_text(f'{HERE}/README.md')
+        blocks = {block.partition(':')[0]: block for block in re.findall(r'```\n(.*?)```', readme, re.DOTALL)}
+        scrape = re.sub(r'kubernetes_sd_configs: .*', 'static_configs: [{targets: [node]}]', blocks['scrape_configs'])
+        self.write({'rules.yml': blocks['groups'], 'scrape.yml': scrape})
+        for what, file, said in ('rules', 'rules.yml', '3 rules found'), ('config', 'scrape.yml', 'SUCCESS'):
+            self.assertIn(said, self.tool('promtool', 'check', what, f'{self.directory}/{file}'))
+        names = {*re.findall(r'kubensage_\w+', blocks['groups'])}
+        metrics = exposed_metrics()
+        metrics.agent_metrics.backlog.dropped_total['size'] = 1
+        served = agent.render_prometheus(metrics) + 'kubensage_snapshot_age_seconds '
+        self.assertEqual(set(), {name for name in names if name not in served})
+
+
 class ReadmeTest(unittest.TestCase):
     readme = read_text(f'{HERE}/README.md')
 
@@ -8443,8 +9487,8 @@ class ReadmeTest(unittest.TestCase):
 
 class ProtoTest(unittest.TestCase):
     # A file of the kernel or of a cgroup, a call, the runtime, the agent.
-    SOURCE = re.compile(r'/(proc|sys|etc)/|\bfiles below|\b(cpu|memory|io|pids)\.[a-z*]|\bcgroup\b|\bCRI\b|\w\([1-9]\)|'
-                        r'\bagent\b')
+    SOURCE = re.compile(r'/(proc|sys|etc)/|\bsysfs\b|\bfiles below|\b(cpu|memory|io|pids)\.[a-z*]|\bcgroup\b|\bCRI\b|'
+                        r'\w\([1-9]\)|\bagent\b')
     NUMBER = r'[\w.<>, ]*(?:double|float|(?:Double|Float)Value)>?'
     UNIT = r'((milli|micro|nano)?seconds|percent|threads|_percentage)(_total)?\b'
     # The unit is in the comment above the field before it.
