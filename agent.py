@@ -4832,7 +4832,7 @@ NODE_SAMPLES = (
     ('node_processes_threads', 'Threads.', 'load_average.threads'),
     ('node_processes_max_threads', 'Threads that the kernel allows.', 'kernel_limits.threads_max'),
     ('node_processes_max_processes', 'Process IDs that the kernel allows.', 'kernel_limits.pid_max'),
-    ('node_kernel_hung_task_detect_count', 'Tasks that hung.', 'kernel_limits.hung_task_detect_count'),
+    ('node_kernel_hung_tasks_total', 'Tasks that hung.', 'kernel_limits.hung_task_detect_count'),
     ('node_entropy_available_bits', 'Entropy that is there.', 'kernel_limits.entropy_avail'),
     ('node_entropy_pool_size_bits', 'Entropy that can be kept.', 'kernel_limits.poolsize'),
     ('node_timex_sync_status', 'Whether the clock is synchronised.', 'clock.synchronized'),
@@ -5153,6 +5153,8 @@ def node_families(node: wire.NodeMetrics) -> List[Family]:
             ('', node.clock.jitter / (1e9 if node.clock.status & STA_NANO else 1e6))
         ] if node.clock.HasField('jitter') else []),
         *map_families(node),
+        # The kernel says -1, which is no limit, and knows nothing else.
+        *([one('node_netstat_Tcp_MaxConn', 'Connections that TCP may have.', -1)] if node.snmp else []),
         *families_of(DISK_SAMPLES, [(label_text({'device': disk.device}), disk) for disk in node.diskstats]),
         *families_of(FILE_SYSTEM_SAMPLES, file_systems),
         Family('node_filesystem_device_error', 'Whether statvfs fails or does not return.', [

@@ -52,6 +52,7 @@ import threading
 import time
 import types
 import unittest
+import urllib.parse
 import uuid
 import zipfile
 import zlib
@@ -6323,7 +6324,7 @@ node_filefd_allocated node_filefd_maximum node_filesystem_avail_bytes node_files
 node_filesystem_files_free node_filesystem_free_bytes node_filesystem_readonly node_filesystem_size_bytes
 node_forks_total node_hwmon_chip_names node_hwmon_fan_min_rpm node_hwmon_fan_rpm node_hwmon_temp_celsius
 node_hwmon_temp_crit_alarm_celsius node_hwmon_temp_crit_celsius node_hwmon_temp_crit_hyst_celsius
-node_hwmon_temp_max_celsius node_interrupts_total node_intr_total node_kernel_hung_tasks node_load1 node_load15
+node_hwmon_temp_max_celsius node_interrupts_total node_intr_total node_kernel_hung_tasks_total node_load1 node_load15
 node_load5 node_md_disks node_md_disks_required node_memory_Active_anon_bytes node_memory_Active_bytes
 node_memory_Active_file_bytes node_memory_AnonHugePages_bytes node_memory_AnonPages_bytes node_memory_Buffers_bytes
 node_memory_Cached_bytes node_memory_CommitLimit_bytes node_memory_Committed_AS_bytes node_memory_DirectMap1G_bytes
@@ -6380,12 +6381,8 @@ NOT_THERE = {
     *'''node_systemd_service_restart_total node_systemd_socket_accepted_connections_total
         node_systemd_socket_current_connections node_systemd_socket_refused_connections_total node_systemd_unit_state
         node_systemd_units'''.split(),
-    # What no kernel and no node_exporter has: the file, and the name, are hung_task_detect_count.
-    'node_kernel_hung_tasks',
     # A file of each process; a line of each interrupt with a column of each CPU. Neither is read.
-    'node_processes_state', 'node_interrupts_total',
-    # -1, which says that there is no limit.
-    'node_netstat_Tcp_MaxConn'}
+    'node_processes_state', 'node_interrupts_total'}
 # Of the kernel's files all names, of netstat some; kernel 6.12, Debian 13, x86_64, and Zswap.
 MEMINFO_NAMES = '''
 MemTotal MemFree MemAvailable Buffers Cached SwapCached Active Inactive Active(anon) Inactive(anon) Active(file)
@@ -6620,8 +6617,8 @@ class StockTest(StockCase):
 
 # Names that node_exporter 1.5 serves and the agent does not.
 THEIRS_ALONE = re.compile('|'.join((
-    # Of netstat's 150 names the agent takes those that tell of trouble or of load; -1 is no limit.
-    r'node_netstat_(TcpExt|IpExt|MPTcpExt)_\w+|node_netstat_Tcp_MaxConn',
+    # Of netstat's 150 names the agent takes those that tell of trouble or of load.
+    r'node_netstat_(TcpExt|IpExt|MPTcpExt)_\w+',
     # What an interface is: nobody asks; carriers that come and go show in node_network_up.
     'node_network_(address_assign_type|carrier_(up_|down_)?changes_total|device_id|dormant|flags|iface_id|iface_link|'
     'iface_link_mode|info|name_assign_type|net_dev_group|protocol_type|transmit_queue_length)',
@@ -9081,6 +9078,27 @@ def set_cgroup_fields(container):
                   memory.rss_bytes.value, memory.page_faults.value, memory.major_page_faults.value)
 
 
+# The kubelet's cAdvisor, as rules select it.
+CADVISOR = 'job="kubelet", metrics_path="/metrics/cadvisor", image!=""'
+STOCK_RULES = (
+    ('node_namespace_pod_container:container_cpu_usage_seconds_total:sum_irate',
+     f'sum by (namespace, pod, container) (irate(container_cpu_usage_seconds_total{{{CADVISOR}}}[1m]))'),
+    *((f'node_namespace_pod_container:{name}', f'{name}{{{CADVISOR}}}') for name in (
+        'container_memory_working_set_bytes', 'container_memory_rss', 'container_memory_cache')),
+    ('namespace_pod:network_receive:rate', 'sum by (namespace, pod) (rate(container_network_receive_bytes_total{'
+     'job="kubelet", metrics_path="/metrics/cadvisor"}[1m]))'),
+    ('instance:node_num_cpu:sum',
+     'count without (cpu, mode) (node_cpu_seconds_total{job="node-exporter",mode="idle"})'),
+    ('instance:node_cpu_utilisation:rate1m', '1 - avg without (cpu) (sum without (mode) (rate('
+     'node_cpu_seconds_total{job="node-exporter", mode=~"idle|iowait|steal"}[1m])))'),
+    ('instance:node_memory_utilisation:ratio', '1 - node_memory_MemAvailable_bytes{job="node-exporter"} / '
+     'node_memory_MemTotal_bytes{job="node-exporter"}'),
+    ('instance_device:node_disk_io_time_seconds:rate1m',
+     'rate(node_disk_io_time_seconds_total{job="node-exporter", device!=""}[1m])'),
+    ('instance:node_network_receive_bytes_excluding_lo:rate1m',
+     'sum without (device) (rate(node_network_receive_bytes_total{job="node-exporter", device!="lo"}[1m]))'))
+
+
 class RealRuntimeTest(Case):
     """One containerd for all; its bridge and its groups are gone when it is."""
     not_running = {'failed', 'waiting', 'hog'}
@@ -9166,6 +9184,45 @@ class RealRuntimeTest(Case):
             self.assertEqual(ended.code, 0)
             self.known['record'] = (*parts, ended.err)
         return self.known['record']
+
+    def test_prometheus_makes_of_it_what_rules_for_a_cluster_ask_for(self):
+        """The rules are of the shapes that those of dashboards have: they match on job, metrics_path and image."""
+        self.tool('prometheus', '--version')
+        served, own = free_port(), free_port()
+        job = "job_name: {0}, honor_labels: true, static_configs: [{{targets: ['127.0.0.1:%d']}}]" % served
+        path = 'metrics_path: /metrics/cadvisor, relabel_configs: [' \
+               '{source_labels: [__metrics_path__], target_label: metrics_path}]'
+        records = ''.join(f'      - record: {name}\n        expr: {expression}\n' for name, expression in STOCK_RULES)
+        self.write({
+            'prometheus.yml': 'global: {scrape_interval: 1s, evaluation_interval: 1s}\nrule_files: [rules.yml]\n'
+                              'scrape_configs:\n'
+                              f'  - {{{job.format("node-exporter")}}}\n  - {{{job.format("kubelet")}, {path}}}\n',
+            'rules.yml': f'groups:\n  - name: stock\n    rules:\n{records}'})
+        self.start('--listen', f'127.0.0.1:{served}', '--main-loop-duration', '0.5', stdout=subprocess.DEVNULL)
+        self.spawn(['prometheus', f'--config.file={self.directory}/prometheus.yml', '--log.level=error',
+                    f'--storage.tsdb.path={self.directory}/tsdb', f'--web.listen-address=127.0.0.1:{own}'],
+                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+        def query(expression):
+            with contextlib.closing(http.client.HTTPConnection('127.0.0.1', own, timeout=PATIENCE_SECONDS)) as asking:
+                with contextlib.suppress(OSError):
+                    asking.request('GET', '/api/v1/query?' + urllib.parse.urlencode({'query': expression}))
+                    return {tuple(sample['metric'].get(name, '') for name in ('namespace', 'pod', 'container')):
+                            float(sample['value'][1]) for sample in json.load(asking.getresponse())['data']['result']}
+            return {}
+
+        half = ('default', 'web', 'half')
+        cpu = wait_for('the rate', lambda: query(f'{STOCK_RULES[0][0]} > 0').get(half) and query(STOCK_RULES[0][0]))
+        self.assertTrue(0.2 < cpu[half] < 0.8, cpu)
+        for name, _ in STOCK_RULES[1:]:
+            with self.subTest(name):
+                self.assertTrue(wait_for(name, lambda: query(name)))
+        memory = query('node_namespace_pod_container:container_memory_working_set_bytes')
+        self.assertTrue(20 * MIB < memory['default', 'web', 'memory'] < 40 * MIB, memory)
+        self.assertEqual({1.0}, {*query('up').values()})
+        # Nothing was dropped as a duplicate or out of order.
+        self.assertEqual({0.0}, {*query(
+            'sum(increase(prometheus_target_scrapes_sample_duplicate_timestamp_total[1m])) or vector(0)').values()})
 
     def test_pods_and_containers(self):
         """All READY pods with what they were made with, in the agent's order; the stopped sandbox is not one of
