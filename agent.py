@@ -2058,7 +2058,9 @@ def collect_system(node: wire.NodeMetrics, state: NodeState, cycle: Cycle) -> No
         ids = (cycle.read_line(path, parse_uuid) for path in HOST_IDS)
         fill_known(identity, host_id=next(filter(None, ids), None))
     if not identity.kernel_version:
-        fill_known(identity, kernel_version=cycle.read_line('/proc/sys/kernel/osrelease'))
+        fill_known(identity, kernel_version=cycle.read_line('/proc/sys/kernel/osrelease'),
+                   kernel_build=cycle.read_line('/proc/sys/kernel/version'),
+                   domainname=cycle.read_line('/proc/sys/kernel/domainname'))
     if not identity.kernel_arch:
         fill_known(identity, kernel_arch=cycle.read_line('/proc/sys/kernel/arch')
                    or (os.uname().machine if cycle.reads_this_machine() else None))
@@ -5136,7 +5138,7 @@ def node_families(node: wire.NodeMetrics) -> List[Family]:
                   if interface.HasField('counters')]
     return [
         one('node_uname_info', 'The kernel.', 1, sysname='Linux', release=node.kernel_version, machine=node.kernel_arch,
-            nodename=node.hostname),
+            nodename=node.hostname, version=node.kernel_build, domainname=node.domainname),
         Family('node_cpu_seconds_total', 'CPU time by mode.', [
             (f'cpu="{cpu.cpu}",mode="{mode}"', getattr(cpu.seconds, mode))
             for cpu in node.cpu_infos for mode in CPU_MODES]),

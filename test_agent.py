@@ -6646,7 +6646,7 @@ class NodeExporterTest(StockCase):
                  '--no-collector.systemd', '--web.disable-exporter-metrics', '--collector.netdev.device-exclude=',
                  r'--collector.diskstats.device-exclude=^((z?ram|loop|fd|sr)\d+|(h|s|v|xv)d[a-z]+\d+|nvme\d+n\d+p\d+)$')
     # Their labels say more; their collectors have other names.
-    OTHER_LABELS = re.compile('node_(exporter_build_info|uname_info|scrape_collector_.*)')
+    OTHER_LABELS = re.compile('node_(exporter_build_info|scrape_collector_.*)')
     # Of the tree that both read: what the kernel has beside, without which node_exporter reads none of it.
     BESIDE = {
         'proc/stat': STAT.replace('softirq 123636 0 22132 8 7522', 'softirq 0 0 0 0 0 0 0 0 0 0 0'),
