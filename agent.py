@@ -1468,7 +1468,7 @@ def counted_twice(disks: Mapping[str, Counts], cycle: Cycle) -> Set[str]:
     for name in disks:
         head = NVME_PATH.sub(r'\1\2', name)
         if head != name and cycle.read_int(f'/sys/block/{name}/hidden'):
-            stacked.add(name if disks.get(head, {}).get('read_ios') or disks.get(head, {}).get('write_ios') else head)
+            stacked.add(name if any(disks.get(head, {}).get(column) for column in DISK_COLUMNS) else head)
     return stacked
 
 
@@ -1900,8 +1900,6 @@ def collect_sockets(node: wire.NodeMetrics, cycle: Cycle) -> None:
     """The kernel goes through a table of all sockets for it: seldom."""
     read = functools.partial(read_bytes, limit=SOCKETS_BYTES)
     states: Counts = collections.Counter()
-    node.ClearField('tcp_states')
-    node.ClearField('udp_queues')
     for suffix, version in (('', 'v4'), ('6', 'v6')):
         tcp, udp = (cycle.read(net_path(file + suffix, cycle), lambda data, parse=parse: parse(data.decode()), read)
                     for file, parse in (('tcp', parse_tcp), ('udp', parse_udp)))
@@ -1922,11 +1920,9 @@ def collect_protocols(node: wire.NodeMetrics, state: NodeState, cycle: Cycle) ->
     fill_map(node.arp_entries, cycle.read(net_path('arp', cycle), parse_arp) or {})
     fill_map(node.nfs, cycle.read(net_path('rpc/nfs', cycle), parse_nfs) or {})
     if cycle.now >= state.sockets_due:
-        state.sockets_due = cycle.now + LIMITS_SECONDS
-        collect_sockets(state.identity, cycle)
-        for field in ('tcp_states', 'udp_queues'):
-            getattr(node, field).clear()
-            getattr(node, field).update(getattr(state.identity, field))
+        state.sockets_due, state.sockets = cycle.now + LIMITS_SECONDS, wire.NodeMetrics()
+        collect_sockets(state.sockets, cycle)
+    node.MergeFrom(state.sockets)
 
 
 # --- clock
@@ -2515,6 +2511,8 @@ class NodeState:
         self.top_n = top_n
         self.helper = Helper()
         self.identity = wire.NodeMetrics()
+        # What was read of the sockets last.
+        self.sockets = wire.NodeMetrics()
         # By name the times at the previous cycle, by number what does not change while a CPU is online.
         self.cpu_times: Dict[str, CpuTimes] = {}
         self.cpu_infos: Dict[int, wire.CpuInfo] = {}
@@ -3126,18 +3124,22 @@ def fill_cpu_metrics(container: Container, sample: Optional[UsageSample], timest
         cpu.usage_nano_cores.value = rate
 
 
+def working_set(cgroup: wire.CgroupMetrics) -> Optional[int]:
+    """All but the file pages that nobody has used lately."""
+    current, inactive = known(cgroup.memory, 'current'), known(cgroup.memory.stat, 'inactive_file')
+    return None if current is None or inactive is None else max(0, current - inactive)
+
+
 def fill_memory_metrics(message: wire.ContainerMetrics) -> None:
-    """What the runtimes make of the same files: the working set is all but the file pages that nobody has used
-    lately."""
+    """What the runtimes make of the same files."""
     memory, stat = message.cgroup.memory, message.cgroup.memory.stat
-    current, limit, inactive = known(memory, 'current'), known(memory, 'max'), known(stat, 'inactive_file')
-    working_set = None if current is None or inactive is None else max(0, current - inactive)
+    current, limit, working = known(memory, 'current'), known(memory, 'max'), working_set(message.cgroup)
     if current is None:
         message.ClearField('memory_metrics')
     else:
         fill_wrapped(message.memory_metrics, {
-            'usage_bytes': current, 'working_set_bytes': working_set, 'rss_bytes': known(stat, 'anon'),
-            'available_bytes': None if working_set is None or limit is None else max(0, limit - working_set),
+            'usage_bytes': current, 'working_set_bytes': working, 'rss_bytes': known(stat, 'anon'),
+            'available_bytes': None if working is None or limit is None else max(0, limit - working),
             'page_faults': known(stat, 'pgfault'), 'major_page_faults': known(stat, 'pgmajfault')})
     swap, limit = known(memory.swap, 'current'), known(memory.swap, 'max')
     if swap is None:
@@ -4269,22 +4271,25 @@ class AgentStats:
         self.calls: Dict[str, wire.CriMethodMetrics] = {}
 
 
-def read_resident_bytes(stats: AgentStats) -> int:
-    """Where a large answer, as of pods with megabytes of annotations, was freed, glibc returns its pages now."""
-    def read() -> int:
-        return parse_statm(read_bytes('/proc/self/statm')) * PAGE_SIZE_BYTES
+def read_memory(stats: AgentStats) -> Sequence[int]:
+    """Virtual and resident bytes. Where a large answer, as of pods with megabytes of annotations, was freed, glibc
+    returns its pages now."""
+    def read() -> Sequence[int]:
+        return [int(pages) * PAGE_SIZE_BYTES for pages in read_bytes('/proc/self/statm').split()[:2]]
 
-    if read() > stats.trimmed_bytes + TRIM_BYTES:
+    memory = read()
+    if memory[1] > stats.trimmed_bytes + TRIM_BYTES:
         with contextlib.suppress(AttributeError):
             libc().malloc_trim(0)
-        stats.trimmed_bytes = read()
-    return read()
+        memory = read()
+        stats.trimmed_bytes = memory[1]
+    return memory
 
 
 def collect_agent(message: wire.AgentMetrics, stats: AgentStats, backlog: Optional[Backlog], timestamp_ns: int,
                   cycle: Cycle) -> None:
     """The agent's own processes and counters; always from its own /proc."""
-    now, resident_bytes = time.monotonic(), read_resident_bytes(stats)
+    now, (virtual_bytes, resident_bytes) = time.monotonic(), read_memory(stats)
     if now >= stats.open_files_due:
         # Listing them takes 1 µs each. At random times: not in one cycle with what else is done once a minute.
         stats.open_files = len(os.listdir('/proc/self/fd')) or None
@@ -4292,8 +4297,7 @@ def collect_agent(message: wire.AgentMetrics, stats: AgentStats, backlog: Option
     message.MergeFrom(wire.AgentMetrics(
         run_id=stats.run_id, sequence=stats.sequence, timestamp_ns=timestamp_ns, version=__version__,
         uptime_seconds=now - stats.started, cpu_seconds_total=time.process_time(),
-        resident_bytes=resident_bytes,
-        virtual_bytes=int(read_bytes('/proc/self/statm').split()[0]) * PAGE_SIZE_BYTES,
+        resident_bytes=resident_bytes, virtual_bytes=virtual_bytes,
         max_virtual_bytes=resource.getrlimit(resource.RLIMIT_AS)[0] % 2**64,
         max_open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0], start_time_seconds=stats.start_time,
         subject_seconds=cycle.subject_seconds,
@@ -5180,28 +5184,22 @@ def usage_of(container: wire.ContainerMetrics) -> wire.CgroupMetrics:
     """Its cgroup. Where the numbers came from the runtime, these are put into the same fields."""
     if container.HasField('cgroup'):
         return container.cgroup
-    cgroup, memory = wire.CgroupMetrics(), container.memory_metrics
-    cpu_ns, usage, working_set, resident = (value_at(container, path) for path in (
+    cgroup = wire.CgroupMetrics()
+    cpu_ns, usage, working, resident = (value_at(container, path) for path in (
         'cpu_metrics.usage_core_nano_seconds.value', 'memory_metrics.usage_bytes.value',
         'memory_metrics.working_set_bytes.value', 'memory_metrics.rss_bytes.value'))
-    cgroup.timestamp_ns = max(container.cpu_metrics.timestamp, memory.timestamp)
-    current = working_set if usage is None else usage
+    cgroup.timestamp_ns = max(container.cpu_metrics.timestamp, container.memory_metrics.timestamp)
+    current = working if usage is None else usage
     fill_known(cgroup.cpu.stat, usage_usec=None if cpu_ns is None else cpu_ns // 1000)
     fill_known(cgroup.memory, current=current)
     fill_known(cgroup.memory.stat, anon=resident,
-               inactive_file=None if working_set is None else max(0, current - working_set))
+               inactive_file=None if working is None else max(0, current - working))
     return cgroup
 
 
 def shares_of(weight: int) -> int:
     """The shares of cgroup v1 for a weight of v2, as the kubelet converts them."""
     return (weight - 1) * 262142 // 9999 + 2
-
-
-def working_set(cgroup: wire.CgroupMetrics) -> Optional[int]:
-    """All but the file pages that nobody has used lately."""
-    current, inactive = known(cgroup.memory, 'current'), known(cgroup.memory.stat, 'inactive_file')
-    return None if current is None or inactive is None else max(0, current - inactive)
 
 
 def holder(node: wire.NodeMetrics, mountpoint: str) -> Optional[wire.DiskUsage]:
@@ -5331,11 +5329,10 @@ def render_family(family: Family, openmetrics: bool) -> str:
     if UNTYPED.match(family.name):
         kind = 'unknown' if openmetrics else 'untyped'
     name = family.name[:-len('_total')] if openmetrics and kind == 'counter' else family.name
-    head = f'# HELP {name} {family.help}\n# TYPE {name} {kind}\n'
-    name = family.name
-    lines = [f'{name}{{{labels}}} {render_number(value)}\n' if labels else f'{name} {render_number(value)}\n'
-             for labels, value in family.samples]
-    return head + ''.join(lines)
+    lines = [f'# HELP {name} {family.help}\n# TYPE {name} {kind}\n']
+    lines += (f'{family.name}{{{labels}}} {render_number(value)}\n' if labels else
+              f'{family.name} {render_number(value)}\n' for labels, value in family.samples)
+    return ''.join(lines)
 
 
 def render_families(metrics: wire.Metrics, part: str, openmetrics: bool) -> Iterator[str]:
