@@ -9207,8 +9207,10 @@ class RealRuntimeTest(Case):
             with contextlib.closing(http.client.HTTPConnection('127.0.0.1', own, timeout=PATIENCE_SECONDS)) as asking:
                 with contextlib.suppress(OSError):
                     asking.request('GET', '/api/v1/query?' + urllib.parse.urlencode({'query': expression}))
-                    return {tuple(sample['metric'].get(name, '') for name in ('namespace', 'pod', 'container')):
-                            float(sample['value'][1]) for sample in json.load(asking.getresponse())['data']['result']}
+                    answer = asking.getresponse()
+                    if answer.status == http.HTTPStatus.OK:  # 503 while it starts
+                        return {tuple(sample['metric'].get(name, '') for name in ('namespace', 'pod', 'container')):
+                                float(sample['value'][1]) for sample in json.load(answer)['data']['result']}
             return {}
 
         half = ('default', 'web', 'half')
