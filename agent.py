@@ -39,11 +39,16 @@ the relay has acknowledged it.
       ContainerStatus, ImageFsInfo
 
 A value goes from the kernel's file through a parser that keeps the kernel's name into the field of
-that name. A second process asks what may never answer. The sections follow the data: the archive's
+that name. A second process makes the calls that may never return. The sections follow the data: the archive's
 bundle, files, subjects of the node, cgroups, runtime and pods, backlog, relay, snapshot, output,
 command line. `grep '^# ---' agent.py` lists them.
 """
 from __future__ import annotations
+
+if __name__ == '__main__':
+    # Ctrl-C during the imports ends it at once, without a traceback.
+    import signal
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
 import atexit
@@ -116,7 +121,7 @@ class UnsafePath(Exception):
 
 
 def check_user(what: str, user: int, believed: Sequence[int] = ()) -> None:
-    """UnsafePath unless it belongs to root, to the agent's own user, or to one of those that are believed."""
+    """UnsafePath unless the user is root, the agent's own, or one that is believed."""
     if user not in (0, os.geteuid(), *believed):
         raise UnsafePath(f'{what} belongs to user {user}')
 
@@ -155,7 +160,7 @@ def check_file(path: str, believed: Sequence[int] = ()) -> None:
 def check_socket(path: str, believed: Sequence[int] = ()) -> None:
     """check_file, and check_user of who listens there (SO_PEERCRED of unix(7)). OSError where nobody does.
 
-    In a sticky directory the name would be anybody's as soon as the server is stopped.
+    In a sticky directory any user could take the name once the server has stopped.
     """
     check_file(path, believed)
     if os.stat(os.path.dirname(path)).st_mode & 0o022:
@@ -185,7 +190,7 @@ def lock_directory(path: str, mode: int) -> Optional[int]:
 ARCHIVE_NAME = 'kubensage-agent.pyz'
 ROOT_CACHE = '/var/cache/kubensage-agent'
 UNPACKING = '.unpacking-'
-# Another place may do.
+# After these errors another directory is tried.
 UNUSABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT)
 ANOTHER_CACHE = '(KUBENSAGE_CACHE=DIR names another directory)'
 
@@ -221,8 +226,8 @@ def member_path(member: tarfile.TarInfo, suffix: str) -> Optional[str]:
 
 
 def unpack(packed: bytes, suffix: str, tree: str) -> None:
-    """Write this interpreter's members into an empty directory. Its compiled module comes after all that is not
-    compiled for one Python alone: the rest of the tar is not even decompressed."""
+    """Write this interpreter's members into an empty directory. The tar has the modules that are compiled for one
+    Python last: nothing after this interpreter's own is decompressed."""
     import lzma
     import tarfile
     with tarfile.open(fileobj=lzma.open(io.BytesIO(packed)), mode='r|') as tar:
@@ -403,7 +408,7 @@ def import_spared(stand_ins: Mapping[str, Any]) -> Iterator[None]:
 
 
 use_bundle(os.environ)
-# The compiled modules do not heed what is meant for other programs.
+# Settings meant for other programs must not reach the compiled modules.
 for variable in [name for name in os.environ if name.startswith(('GRPC_', 'PROTOCOL_BUFFERS_'))]:
     del os.environ[variable]
 os.environ.update({
@@ -437,9 +442,9 @@ ABSENT = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ESRCH, errn
 # What a parser's arithmetic and indexing raise on text that the kernel does not write.
 MALFORMED = (ValueError, IndexError, KeyError, TypeError, OverflowError)
 BOOT_ID = '/proc/sys/kernel/random/boot_id'
-# A file of one short line has fewer.
+# No file of one short line is longer.
 SMALL_BYTES = 4096
-# No size and no counter gets there: one that says so has gone below 0.
+# No real size or counter is this large: it has gone below 0.
 BEYOND = 2**63
 
 
@@ -753,17 +758,19 @@ def count_left_out(pod: wire.PodMetrics, what: str, count: int) -> None:
 
 # --- cycle
 
-# What is read or asked seldom is read or asked again after so long.
+# How often what rarely changes is read again.
 SELDOM_SECONDS = 60
 # The share of a cycle that the runtime may take, at most so long; no call is given less than the shortest time-out.
 CRI_SHARE_OF_CYCLE, CRI_LONGEST_SECONDS, CRI_SHORTEST_SECONDS = 0.8, 4, 0.1
-# How long a kind of question waits for what may never answer: a quarter of a cycle, so that no tick is lost.
+# How long one group of questions may wait for the helper: a quarter of a cycle, so that no tick is lost.
 LONGEST_PATIENCE_SECONDS, SHORTEST_PATIENCE_SECONDS = 1, 0.2
 
 
 class Cycle:
     """One cycle: when it began and until when the runtime may answer (monotonic clock), how long to wait for what may
-    never answer, what has failed, by subject, and what the runtime's methods have cost since the agent's start."""
+    never answer, what has failed, by subject, what the runtime's methods have cost since the agent's start, and what
+    the mounts tell of the pods: their volumes, all that is mounted in an emptyDir, and how many volumes each place has
+    that may be the kubelet's root."""
 
     failed_reads = 0
 
@@ -777,6 +784,9 @@ class Cycle:
         self.failures: Failures = {}
         self.current = ''
         self.subject_seconds: Dict[str, float] = {}
+        self.volumes: List[Volume] = []
+        self.mountpoints: Set[str] = set()
+        self.kubelet_roots: Counts = collections.Counter()
 
     def path(self, path: str) -> str:
         """Where a file of the node is for the agent."""
@@ -940,8 +950,8 @@ def fill_cpu_seconds(message: wire.CpuSeconds, times: CpuTimes) -> None:
 
 def collect_cpu_info(number: int, info: Mapping[str, str], cycle: Cycle) -> Tuple[wire.CpuInfo, str]:
     """One CPU, from its block of /proc/cpuinfo and from sysfs, which has the topology on every architecture; and what
-    the CPUs of its core have in common, empty where that is not known. core_id is unique within a die or a cluster
-    alone."""
+    the CPUs of its core have in common, empty where that is not known. core_id is unique only within a die or
+    a cluster."""
     directory, message = f'/sys/devices/system/cpu/cpu{number}', wire.CpuInfo(cpu=number)
     ids = {}
     for field, file, key in (('physical_id', 'physical_package_id', 'physical id'), ('core_id', 'core_id', 'core id')):
@@ -1118,8 +1128,8 @@ def collect_pressure(node: wire.NodeMetrics, state: NodeState, cycle: Cycle) -> 
 
 # --- what may never answer
 
-# statvfs(2) of a file server that is gone waits in the kernel, where no signal reaches, and what takes the lock of the
-# network (RTNL) as long as a pod with thousands of interfaces ends: such calls are in a process that can be left
+# statvfs(2) of a dead file server waits in the kernel, where no signal reaches it. What takes the lock of the network
+# (RTNL) waits while a pod with thousands of interfaces ends. A second process makes such calls: the agent can leave it
 # behind. What it is asked is a letter and a path, several paths in as many lines, or a request of rtnetlink in
 # hexadecimal; it answers with the question, a NUL, and what it has found after a `=`, or the errno after a `!`. It has
 # a thread for each question that waits. It ends when the agent has.
@@ -1334,6 +1344,11 @@ PSEUDO_FILESYSTEMS = frozenset((
 # Sources that have another name for the kernel. With FUSE a user chooses the source.
 KERNEL_NAMED = re.compile('/dev/root|/dev/mapper/[^/]+')
 READ_ONLY_OPTIONS = {'ro', 'emergency_ro', 'shutdown'}
+# Where the kubelet mounts a pod's volumes: ROOT/pods/UID/volumes/PLUGIN/NAME, of CSI NAME/mount.
+KUBELET_VOLUME = re.compile(r'(/.*?)/pods/([^/]+)/volumes/([^/]+)/([^/]+)(?:/mount)?')
+EMPTY_DIR = 'kubernetes.io~empty-dir'
+# Plugins whose volumes have only files that the kubelet writes, on a tmpfs.
+SETTINGS_PLUGINS = [f'kubernetes.io~{kind}' for kind in ('secret', 'configmap', 'projected', 'downward-api')]
 
 
 class Mount(NamedTuple):
@@ -1344,6 +1359,20 @@ class Mount(NamedTuple):
     read_only: bool
     fstype: str
     source: str
+
+
+class Volume(NamedTuple):
+    """A volume that is mounted for a pod; `root` is where the kubelet's root would be."""
+    root: str
+    uid: str
+    plugin: str
+    name: str
+    usage: wire.DiskUsage
+
+
+def shown_name(name: str) -> str:
+    """A name in a file system need not be UTF-8."""
+    return os.fsencode(name).decode(errors='backslashreplace')
 
 
 def unescape(field: str) -> str:
@@ -1370,12 +1399,11 @@ def parse_mountinfo(data: bytes) -> List[Mount]:
 
 def real_mounts(mounts: Iterable[Mount]) -> List[Mount]:
     """One mount for each real file system: the one that shows its own root, else the shortest mount point. On one mount
-    point the last mount hides the others. btrfs gives each subvolume a device number of its own: it is known by its
-    block device."""
+    point the last mount hides the others."""
     last = {mount.mountpoint: mount for mount in mounts}.values()
     visible = [mount for mount in last if mount.fstype not in PSEUDO_FILESYSTEMS]
     by_rank = sorted(visible, key=lambda mount: (mount.root == '/', -len(mount.mountpoint)))
-    best = {mount.source if mount.fstype == 'btrfs' else mount.device_number: mount for mount in by_rank}
+    best = {file_system_key(mount): mount for mount in by_rank}
     return [mount for mount in visible if mount in best.values()]
 
 
@@ -1389,6 +1417,11 @@ def device_name(mount: Mount, cycle: Cycle) -> str:
     return mount.source
 
 
+def file_system_key(mount: Mount) -> str:
+    """btrfs gives each subvolume a device number of its own: it is known by its block device."""
+    return mount.source if mount.fstype == 'btrfs' else mount.device_number
+
+
 def fill_disk_usage(message: wire.DiskUsage, space: os.statvfs_result) -> None:
     """f_bavail is what unprivileged users may still use, so that used / (used + free) is the Use% of df(1)."""
     used, free = max(0, space.f_blocks - space.f_bfree) * space.f_frsize, space.f_bavail * space.f_frsize
@@ -1398,14 +1431,32 @@ def fill_disk_usage(message: wire.DiskUsage, space: os.statvfs_result) -> None:
                inodes=space.f_files or None, inodes_free=space.f_favail if space.f_files else None)
 
 
+def collect_volumes(mounts: Iterable[Mount], usages: Mapping[str, wire.DiskUsage], cycle: Cycle) -> None:
+    """The volumes that are mounted for pods, each with the use of its file system, and the kubelet's root. A FUSE mount
+    does not show the root: any user can make one in a directory of their own."""
+    for mount in {mount.mountpoint: mount for mount in mounts if '/volumes/' in mount.mountpoint}.values():
+        if EMPTY_DIR in mount.mountpoint:
+            cycle.mountpoints.add(cycle.path(mount.mountpoint))
+        match = KUBELET_VOLUME.fullmatch(mount.mountpoint)
+        if match:
+            root, uid, plugin, name = map(shown_name, match.groups())
+            if not mount.fstype.startswith('fuse'):
+                cycle.kubelet_roots[root] += 1
+            usage = usages.get(file_system_key(mount))
+            if usage and plugin not in SETTINGS_PLUGINS:
+                cycle.volumes.append(Volume(root, uid, plugin, name, usage))
+
+
 def collect_disk_usages(node: wire.NodeMetrics, state: NodeState, cycle: Cycle) -> None:
-    """The mounts of process 1 are the node's; those of the agent may be a container's or a unit's own. Its paths show
-    what is mounted there last: a mount that is hidden below another one is left out."""
+    """The mounts of process 1 are the node's; those of the agent may be a container's or a unit's own. A path leads
+    to the last mount on it: a mount that a later one hides is left out."""
     everything = (cycle.read('/proc/1/mountinfo', parse_mountinfo, read_bytes)
                   or cycle.read('/proc/self/mountinfo', parse_mountinfo, read_bytes) or [])
     devices, ours = {mount.device_number for mount in everything}, cycle.roots == Roots('/proc', '/sys', '/')
-    paths = {cycle.roots.rootfs.rstrip('/') + mount.mountpoint: mount for mount in real_mounts(everything)}
-    answers = ask_helper(state.helper, STATVFS, paths, cycle)
+    real = real_mounts(everything)
+    memory = {mount for mount in everything if mount.fstype == 'tmpfs' and EMPTY_DIR in mount.mountpoint}
+    paths = {cycle.roots.rootfs.rstrip('/') + mount.mountpoint: mount for mount in (*real, *memory)}
+    answers, usages = ask_helper(state.helper, STATVFS, paths, cycle), {}
     for path, mount in paths.items():
         said, stuck = answers.get(path, b''), STATVFS + os.fsencode(path) in state.helper.waiting
         # The device number and statvfs(2), or the errno alone.
@@ -1415,9 +1466,10 @@ def collect_disk_usages(node: wire.NodeMetrics, state: NodeState, cycle: Cycle) 
         hidden = ours and space and mount.fstype != 'btrfs' and device != mount.device_number and device in devices
         if hidden or error in ABSENT or not (said or stuck) or space and not space.f_blocks:
             continue
-        device, mountpoint = (os.fsencode(name).decode(errors='backslashreplace')
-                              for name in (device_name(mount, cycle), mount.mountpoint))
-        usage = node.disk_usages.add(device=device, mountpoint=mountpoint, fstype=mount.fstype)
+        device, mountpoint = shown_name(device_name(mount, cycle)), shown_name(mount.mountpoint)
+        usage = wire.DiskUsage() if mount in memory else node.disk_usages.add()
+        usage.device, usage.mountpoint, usage.fstype = device, mountpoint, mount.fstype
+        usages[file_system_key(mount)] = usage
         if space:
             usage.read_only = mount.read_only
             fill_disk_usage(usage, space)
@@ -1425,6 +1477,7 @@ def collect_disk_usages(node: wire.NodeMetrics, state: NodeState, cycle: Cycle) 
         reason = f'does not answer within {cycle.patience:g} s: the mount is left alone until it does'
         fill_known(usage, stuck=stuck or None, error=None if stuck else errno.errorcode.get(error, str(error)))
         cycle.failed(f'mount {mountpoint}', f'statvfs {reason if stuck else os.strerror(error)}')
+    collect_volumes(everything, usages, cycle)
 
 
 # --- disk I/O
@@ -1516,13 +1569,14 @@ class Link:
 
 def same_network(process: str, other: str) -> Optional[bool]:
     """Whether two processes are in one network namespace; None where that cannot be told. Reading ns/net takes the
-    right to trace them; without it the inode of net/dev tells, which each namespace has for itself."""
+    right to trace them, which AppArmor denies to a container; without it the inode of net/dev tells, which each
+    namespace has for itself, whichever procfs it is seen through."""
     try:
         return os.readlink(f'{process}/ns/net') == os.readlink(f'{other}/ns/net')
     except OSError:
         pass
     try:
-        return os.path.samestat(os.stat(f'{process}/net/dev'), os.stat(f'{other}/net/dev'))
+        return os.stat(f'{process}/net/dev').st_ino == os.stat(f'{other}/net/dev').st_ino
     except OSError:
         return None
 
@@ -2101,12 +2155,12 @@ class GroupFile(NamedTuple):
 
 class Group:
     """A cgroup that is read in each cycle: its open files, when all of them are due and when it was read (monotonic
-    clock), whether it had changed then, and on v1 what was in its files. Of what each file said it keeps a hash: the
-    texts of 440 groups take 1.2 MB."""
+    clock), whether it had changed then, also in what counts OOM kills, and on v1 what was in its files. Of what each
+    file said it keeps a hash: the texts of 440 groups take 1.2 MB."""
 
     due = 0.0
     clock_ns = 0
-    changed = False
+    changed = killed = False
     # How many devices there are.
     devices = 0
 
@@ -2165,7 +2219,8 @@ def parse_memory_stat(text: str, names: Sequence[str]) -> Counts:
 
 def parse_io_stat(text: str) -> Dict[str, Counts]:
     """io.stat: lines of `DEVICE NAME=VALUE NAME=VALUE`. io.cost and io.latency add values of their own, of which some
-    are no whole numbers. Before Linux 5.16 devices without statistics are before the next device in its line.
+    are no whole numbers. Before Linux 5.16 devices without statistics are before the next device in its line. Some
+    have no name, as QEMU's floppy disk.
 
     254:0 rbytes=629145600 wbytes=629145600 rios=688 wios=903 dbytes=0 dios=0
     """
@@ -2174,6 +2229,8 @@ def parse_io_stat(text: str) -> Dict[str, Counts]:
         *devices, first = head.split(' ')
         pairs = [pair.split('=') for pair in f'{first}={rest}'.split()] if rest else []
         device = (devices or [first])[-1]
+        if device == '(unknown)':
+            return device, {}
         if ':' not in device:
             raise ValueError
         return device, {name: int(number) for name, number in pairs if name in IO_NAMES}
@@ -2324,6 +2381,8 @@ def fill_group_file(message: wire.CgroupMetrics, name: str, value: Any) -> None:
 
 # By name the path of the field. v1 has cpu.shares, which v2 lacks.
 GROUP_PLACES = {name: name.split('.') for name in ('cpu.shares', *(file.name for file in GROUP_FILES[2]))}
+# Those that count OOM kills.
+KILL_FILES = {'memory.events', 'memory/memory.oom_control'}
 # How many of the files are markers, and how many are read when one of these has changed.
 MARKERS, OFTEN = ({version: sum(file.when <= when for file in files) for version, files in GROUP_FILES.items()}
                   for when in (MARKER, USUAL))
@@ -2398,6 +2457,7 @@ def collect_cgroup(message: wire.CgroupMetrics, tree: CgroupTree, group: Group, 
     if texts is None:
         return False
     message.timestamp_ns, group.clock_ns, group.changed = time.time_ns(), time.monotonic_ns(), bool(texts)
+    group.killed = False
     if not group.changed:
         return True
     hashes = list(map(hash, texts))
@@ -2409,6 +2469,7 @@ def collect_cgroup(message: wire.CgroupMetrics, tree: CgroupTree, group: Group, 
         # The group is read again in the next cycle, whatever happens in it.
         hashes, group.due = [None] * len(hashes), 0.0
         files = {file.name: group_file_value(f'{group.path}/{file.name}', file, text, cycle) for file, text in changed}
+    group.killed = not KILL_FILES.isdisjoint(files)
     if tree.version == 1:
         # One value of v2 may be made of several files.
         group.v1_files.update(files)
@@ -2628,15 +2689,18 @@ def is_kubelet(pid: str, cycle: Cycle) -> bool:
             and not NOT_ROOT.search(cycle.read(f'{directory}/status') or ''))
 
 
+def kubelet_pid(cycle: Cycle) -> str:
+    return next((name for name in cycle.names('/proc/') if name.isdecimal() and is_kubelet(name, cycle)), '0')
+
+
 def collect_endpoints(explicit: Optional[str], cycle: Cycle) -> Tuple[List[str], List[str]]:
     """Paths where the runtime's socket may be, likeliest first: the one that was named, or else every known place; and
     what settings say that is none."""
     if explicit:
         match = ENDPOINT.fullmatch(explicit)
         return [os.path.realpath(match.group(1) if match else explicit)], []
-    kubelet = next((name for name in cycle.names('/proc/') if name.isdecimal() and is_kubelet(name, cycle)), '0')
     paths, unclear = [], []
-    for pattern, path in ((ENDPOINT_FLAG, f'/proc/{kubelet}/cmdline'),
+    for pattern, path in ((ENDPOINT_FLAG, f'/proc/{kubelet_pid(cycle)}/cmdline'),
                           (ENDPOINT_SETTING, '/var/lib/kubelet/config.yaml'),
                           (ENDPOINT_FLAG, '/var/lib/kubelet/kubeadm-flags.env'),
                           (ENDPOINT_SETTING, '/etc/crictl.yaml')):
@@ -2724,12 +2788,14 @@ def find_runtime(paths: Sequence[str], unclear: Sequence[str], believed: Sequenc
     """The first runtime that answers; of several, the first that is inhabited. CriError says what was tried. Whoever
     serves the socket says what pods there are: it is root, or a user that is believed."""
     candidates, runtimes, reasons = [], [], []
-    for path, inode in [(path, read_socket_inode(path)) for path in paths]:
+    for path in paths:
         try:
-            if inode:
+            if stat.S_ISSOCK(os.stat(path).st_mode):
                 check_socket(path, believed)
                 channel = grpc.insecure_channel(f'unix:{path}', CRI_CHANNEL_OPTIONS)
-                candidates.append(Runtime(channel, path, inode))
+                candidates.append(Runtime(channel, path, read_socket_inode(path)))
+        except (FileNotFoundError, NotADirectoryError):
+            continue
         except UnsafePath as error:
             reasons.append(f'{path} is not believed: {error} (--cri-socket-uid names a user to believe)')
         except OSError as error:
@@ -2845,8 +2911,9 @@ class Container:
 
 class Pod:
     """A sandbox: its message, its containers by id, where the sandbox's group is, the pod's own group, the process
-    through which its network was seen, with what that has said, and when a status of its containers was asked for
-    (monotonic clock)."""
+    through which its network was seen, with what that has said, when a status of its containers was asked for
+    (monotonic clock), and whether its containers, their groups, kills or ends are others than when its history was
+    filled."""
 
     state: Optional[int] = None
     path: Optional[str] = None
@@ -2855,6 +2922,7 @@ class Pod:
     pid: Optional[str] = None
     net_dev: Optional[bytes] = None
     asked = 0.0
+    restless = True
 
     def __init__(self, message: wire.PodMetrics, labels_left_out: int = 0):
         self.message = message
@@ -2933,6 +3001,7 @@ def update_containers(pod: Pod, listed: Dict[str, cri.Container]) -> None:
     if len(listed) > MAX_EXITED or 'exited containers' in pod.message.left_out:
         listed = recent_containers(pod, listed)
     if pod.containers.keys() != listed.keys():
+        pod.restless = True
         remove_containers(pod, pod.containers.keys() - listed.keys())
         for id in sorted(listed.keys() - pod.containers.keys()):
             labels = fitting_labels(texts(listed[id].labels), LABEL_BYTES - label_bytes(pod.message))
@@ -2944,6 +3013,7 @@ def update_containers(pod: Pod, listed: Dict[str, cri.Container]) -> None:
     for id, container in pod.containers.items():
         state = listed[id].state
         if state != container.state:
+            pod.restless = True
             container.state, container.message.state = state, enum_name(cri.ContainerState, state)
             container.message.ClearField('status')
             if container.group and state != cri.CONTAINER_RUNNING:
@@ -3001,7 +3071,7 @@ def update_pods(pods: Dict[str, Pod], sandboxes: Iterable[cri.PodSandbox], conta
 
 def forget_group(pod: Pod, owner: Any) -> None:
     """The group of the pod, or of one of its containers, is gone or is not to be read."""
-    owner.group, owner.had_group = None, True
+    owner.group, owner.had_group, pod.restless = None, True, True
     owner.message.ClearField('cgroup')
     renew_pod(pod)
 
@@ -3062,7 +3132,9 @@ def collect_pod_network(pod: Pod, top: str, paths: Iterable[str], cycle: Cycle) 
 def collect_group(pod: Pod, owner: Any, tree: CgroupTree, subject: str, cycle: Cycle) -> None:
     """The group of the pod or of one of its containers. One that is gone is searched for again in the next cycle."""
     cycle.current = subject
-    if not collect_cgroup(owner.message.cgroup, tree, owner.group, cycle):
+    there = collect_cgroup(owner.message.cgroup, tree, owner.group, cycle)
+    pod.restless = pod.restless or owner.group.killed
+    if not there:
         owner.path = None
         forget_group(pod, owner)
 
@@ -3208,6 +3280,432 @@ def fill_usage_from_cri(container: Container, stats: Optional[cri.ContainerStats
         message.ClearField('stats_source')
 
 
+# --- OOM kills and exits
+
+# How long after a SIGKILL the runtime may still change the reason to OOMKilled.
+LATE_REASON_SECONDS = 60
+OOM_KILLED = 'OOMKilled'
+
+
+class History:
+    """What is known of a pod, by its uid, beyond the lives of its containers: by name the kills and the last exit, as
+    in a container's message; the kills by container; the kills that the pod's group has counted, how many of these
+    no container has explained; whose reason was taken into account; and by id the names of the containers that had a
+    group, and of those that lost it in the cycle before."""
+
+    in_pod = unexplained = 0
+    begun = False
+
+    def __init__(self) -> None:
+        self.names: Dict[str, wire.ContainerMetrics] = collections.defaultdict(
+            lambda: wire.ContainerMetrics(oom_kills=0))
+        self.kills: Counts = {}
+        self.told: Set[str] = set()
+        self.grouped: Dict[str, str] = {}
+        self.lost: Dict[str, str] = {}
+
+
+def oom_kills_of(cgroup: wire.CgroupMetrics) -> Optional[int]:
+    """How often the OOM killer came. With memory.oom.group, which the kubelet sets, oom_kill counts each process that
+    dies with the first, and the first one twice."""
+    events = cgroup.memory.events
+    return known(events, 'oom_group_kill') or known(events, 'oom_kill')
+
+
+def forget_histories(histories: Dict[str, History], uids: Set[str], ids: Set[str]) -> None:
+    """Of the pods and containers that the runtime does not list any more."""
+    for uid in histories.keys() - uids:
+        del histories[uid]
+    for history in histories.values():
+        history.told &= ids
+        for id in history.kills.keys() - ids:
+            del history.kills[id]
+
+
+def is_undecided(container: Container) -> bool:
+    """Whether the runtime may still say why an exited container ended: it was not asked yet, or the SIGKILL may turn
+    out to be an OOM kill."""
+    status = container.message.status
+    killed = status.exit_code == 128 + signal.SIGKILL and status.reason != OOM_KILLED
+    late = killed and abs(time.time_ns() - status.finished_at_ns) < LATE_REASON_SECONDS * 10**9
+    return container.state == cri.CONTAINER_EXITED and (late or container.asked_state != container.state)
+
+
+def count_kills(history: History, id: str, name: str, count: int, at_ns: int) -> None:
+    """Add kills of a container. `at_ns` is when the last one happened, 0 if that is not known."""
+    if count <= 0:
+        return
+    history.kills[id] = history.kills.get(id, 0) + count
+    history.unexplained -= count
+    past = history.names[name]
+    past.oom_kills += count
+    # A time in the future is from before the clock was set back.
+    if at_ns and not at_ns <= past.last_oom_kill_ns <= time.time_ns():
+        past.last_oom_kill_ns = at_ns
+
+
+def count_told_kills(history: History, messages: Iterable[wire.ContainerMetrics]) -> None:
+    """The runtime says OOMKilled of containers whose groups are gone. Where the pod's group counts what happens below
+    it, as on v2, their kills are those that are unexplained; else each has one, unless its group has told of one."""
+    killed = [message for message in messages if message.status.reason == OOM_KILLED and message.id not in history.told]
+    history.told.update(message.id for message in killed)
+    killed.sort(key=lambda message: (message.id in history.kills, -message.status.finished_at_ns))
+    unknown = sum(message.id not in history.kills for message in killed)
+    for message in killed:
+        first = message.id not in history.kills
+        unknown -= first
+        count = history.unexplained - unknown if history.in_pod else int(first)
+        count_kills(history, message.id, message.name, count, message.status.finished_at_ns)
+
+
+def count_lost_kills(history: History, containers: Iterable[Container], at_ns: int) -> None:
+    """Kills that only the pod's group has counted are those of containers that lost their group in this cycle or the
+    one before: one each, the rest to the first. The pod's group is read before theirs, and may tell of it late."""
+    grouped = {container.message.id: container.message.name for container in containers if container.group}
+    lost = {id: name for id, name in history.grouped.items() if id not in grouped}
+    codes = {container.message.id: known(container.message.status, 'exit_code') for container in containers}
+    suspects = {id: name for id, name in {**history.lost, **lost}.items()
+                if codes.get(id) in (None, 128 + signal.SIGKILL)}
+    for left, (id, name) in zip(reversed(range(len(suspects))), suspects.items()):
+        count = max(history.unexplained - left, min(history.unexplained, 1)) if history.in_pod else 0
+        count_kills(history, id, name, count, at_ns)
+    history.grouped, history.lost = grouped, lost
+
+
+def count_pod_kills(history: History, pods: Sequence[Pod], timestamp_ns: int) -> None:
+    """A kill counts once, whoever tells of it first: the container's group while it lives, the pod's group, the
+    runtime."""
+    at_ns = timestamp_ns if history.begun else 0
+    containers = [container for pod in pods for container in pod.containers.values()]
+    messages = [container.message for container in containers]
+    for message in messages:
+        counted = oom_kills_of(message.cgroup) or 0
+        count_kills(history, message.id, message.name, counted - history.kills.get(message.id, 0), at_ns)
+    counts = [oom_kills_of(pod.message.cgroup) for pod in pods if pod.group]
+    if not counts:
+        # A group that was made anew begins with 0.
+        history.in_pod = history.unexplained = 0
+    in_pod = max((count for count in counts if count is not None), default=history.in_pod)
+    history.unexplained += in_pod - history.in_pod if in_pod >= history.in_pod else in_pod
+    history.in_pod = in_pod
+    count_told_kills(history, messages)
+    count_lost_kills(history, containers, at_ns)
+    if history.in_pod and history.unexplained > 0 and messages and not any(map(is_undecided, containers)):
+        gone = max(messages, key=lambda message: (
+            history.names[message.name].last_exit.reason == OOM_KILLED, message.restart_count))
+        count_kills(history, gone.id, gone.name, history.unexplained, at_ns)
+    history.begun = True
+
+
+def fill_history(history: History, pods: Sequence[Pod], timestamp_ns: int) -> None:
+    """Of each container of a pod, which may have several sandboxes, what is known of its name."""
+    messages = [container.message for pod in pods for container in pod.containers.values()]
+    for message in messages:
+        past, status = history.names[message.name], message.status
+        older = 0 < status.finished_at_ns < past.last_exit.finished_at_ns <= timestamp_ns
+        if status.HasField('exit_code') and not older:
+            past.last_exit.CopyFrom(status)
+    count_pod_kills(history, pods, timestamp_ns)
+    for message in messages:
+        past = history.names[message.name]
+        if known(message, 'oom_kills') != past.oom_kills or message.last_exit != past.last_exit:
+            message.ClearField('last_exit')
+            message.MergeFrom(past)
+
+
+def fill_histories(state: RuntimeState, cycle: Cycle) -> None:
+    """Of the pods of which anything is to be told. A pod whose sandbox is replaced has two for a while."""
+    timestamp_ns, by_uid = time.time_ns(), collections.defaultdict(list)
+    restless = {pod.message.uid or pod.message.id for pod in state.pods.values() if pod.restless}
+    for pod in state.pods.values() if restless else ():
+        by_uid[pod.message.uid or pod.message.id].append(pod)
+
+    def fill_first(pod: Pod) -> None:
+        uid = pod.message.uid or pod.message.id
+        if uid not in restless or by_uid[uid][0] is not pod:
+            return
+        history = state.histories.setdefault(uid, History())
+        fill_history(history, by_uid[uid], timestamp_ns)
+        for each in by_uid[uid]:
+            each.restless = bool(history.lost) or history.unexplained > 0 or any(
+                map(is_undecided, each.containers.values()))
+
+    if restless:
+        each_pod(state.pods, fill_first, cycle)
+
+
+# --- ephemeral storage
+
+# The walker's share of one CPU: 5 ms a second measure 700 files.
+WALK_SHARE = 0.005
+ENTRIES_A_TURN = 256
+# Each level keeps two files open.
+MAX_DEPTH = 64
+# Inodes with several names that are remembered in a walk; of the others each name counts its share.
+MAX_LINKS = 1000
+# How often the walker looks for pods, and how often what it has measured is put into the pods' messages.
+NEW_PODS_SECONDS, STORAGE_SECONDS = 1, 4
+POD_LOGS = '/var/log/pods'
+DEFAULT_KUBELET_ROOT = '/var/lib/kubelet'
+KUBELET_ROOT_FLAG = re.compile(r'--root-dir[=\0](/[^\0]+)')
+DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+STAT_BLOCK_BYTES = 512
+
+
+class Measured(NamedTuple):
+    """What is below a directory, itself included."""
+    bytes: int
+    inodes: int
+    timestamp_ns: int
+    incomplete: bool = False
+
+
+class Walker:
+    """Shared by the loop and the thread that measures: the parent directories of each pod by kind, the mount points to
+    leave out, whose servers may never answer, and the results by kind and name. The thread alone has the walks under
+    way, and when the next ones begin (monotonic clock)."""
+
+    def __init__(self) -> None:
+        self.pods: Mapping[str, Mapping[str, str]] = {}
+        self.mountpoints: Set[str] = set()
+        self.measured: Dict[str, Usages] = {}
+        self.walks: Dict[str, Iterator[None]] = {}
+        self.due: Dict[str, float] = {}
+
+
+class Level(NamedTuple):
+    """A directory that is being walked."""
+    path: str
+    descriptor: int
+    entries: Any
+
+
+def enter_directory(levels: List[Level], path: str, above: int) -> None:
+    """From the one above, so that whoever writes there cannot lead it elsewhere. OSError, EMFILE where it is nested too
+    deeply."""
+    descriptor = os.open(os.path.basename(path), DIRECTORY_FLAGS, dir_fd=above)
+    try:
+        if len(levels) == MAX_DEPTH or descriptor > open_files_limit() - SPARE_DESCRIPTORS // 4:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        levels.append(Level(path, descriptor, os.scandir(descriptor)))
+    except OSError:
+        os.close(descriptor)
+        raise
+
+
+# By kind and name.
+Usages = Dict[Tuple[str, str], Measured]
+
+
+class Tally:
+    """What a walk has counted, and which inodes with several names are among it."""
+
+    blocks = inodes = 0
+    incomplete = False
+
+    def __init__(self) -> None:
+        self.links: Set[int] = set()
+
+
+def count_inode(tally: Tally, status: os.stat_result) -> None:
+    """Under the first of its names; where too many are remembered, each name counts its share."""
+    names = 1 if stat.S_ISDIR(status.st_mode) else status.st_nlink
+    if status.st_ino in tally.links:
+        return
+    if names > 1 and len(tally.links) < MAX_LINKS:
+        tally.links.add(status.st_ino)
+        names = 1
+    tally.blocks += status.st_blocks / names
+    tally.inodes += 1 / names
+
+
+def count_entry(tally: Tally, levels: List[Level], entry: os.DirEntry, device: int, mountpoints: Set[str]) -> None:
+    """An entry of the innermost directory, which is entered if it is one. What is removed meanwhile does not count."""
+    try:
+        if mountpoints and f'{levels[-1].path}/{entry.name}' in mountpoints:
+            return
+        status = entry.stat(follow_symlinks=False)
+        if status.st_dev == device:
+            count_inode(tally, status)
+            if stat.S_ISDIR(status.st_mode):
+                enter_directory(levels, f'{levels[-1].path}/{entry.name}', levels[-1].descriptor)
+    except OSError as error:
+        tally.incomplete = tally.incomplete or error.errno != errno.ENOENT
+
+
+def points_below(path: str, mountpoints: Set[str]) -> Set[str]:
+    """Of a copy: the loop changes them."""
+    return {point for point in list(mountpoints) if point.startswith(f'{path}/')}
+
+
+def measure_directory(path: str, above: int, mountpoints: Set[str]) -> Generator[None, None, Measured]:
+    """As du(1) does, without other file systems, some entries a turn. OSError."""
+    levels, tally, inner = [], Tally(), points_below(path, mountpoints)
+    enter_directory(levels, path, above)
+    try:
+        status = os.fstat(levels[0].descriptor)
+        if status.st_dev != os.fstat(above).st_dev:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        count_inode(tally, status)
+        for number in itertools.count(1):
+            entry = next(levels[-1].entries, None)
+            if entry:
+                count_entry(tally, levels, entry, status.st_dev, inner)
+            else:
+                os.close(levels.pop().descriptor)
+            if not levels:
+                break
+            if number % ENTRIES_A_TURN == 0:
+                yield
+                inner = points_below(path, mountpoints)
+    finally:
+        for level in levels:
+            level.entries.close()
+            os.close(level.descriptor)
+    return Measured(round(tally.blocks * STAT_BLOCK_BYTES), round(tally.inodes), time.time_ns(), tally.incomplete)
+
+
+def measure_children(kind: str, parent: str, measured: Usages,
+                     mountpoints: Set[str]) -> Generator[None, None, Set[Tuple[str, str]]]:
+    """Measure each directory in the parent, at least a turn each; which ones there are. OSError."""
+    found, above = set(), os.open(parent, DIRECTORY_FLAGS)
+    try:
+        for path in {f'{parent}/{name}' for name in os.listdir(above)} - mountpoints:
+            with contextlib.suppress(OSError):
+                measured[kind, os.path.basename(path)] = yield from measure_directory(path, above, mountpoints)
+                found.add((kind, os.path.basename(path)))
+            yield
+    finally:
+        os.close(above)
+    return found
+
+
+def measure_pod(directories: Mapping[str, str], measured: Usages,
+                mountpoints: Set[str]) -> Iterator[None]:
+    found = set()
+    for kind, parent in directories.items():
+        # A ValueError where a name has a NUL.
+        with contextlib.suppress(OSError, ValueError):
+            found |= yield from measure_children(kind, parent, measured, mountpoints)
+    for gone in measured.keys() - found:
+        del measured[gone]
+
+
+def begin_walks(walker: Walker, interval: float, now: float) -> None:
+    """Start a walk for each pod that is due: one a pod, so that all get equal turns."""
+    pods = walker.pods
+    for uid in walker.due.keys() - pods.keys():
+        del walker.due[uid], walker.measured[uid]
+        walker.walks.pop(uid, None)
+    for uid in pods.keys() - walker.walks.keys():
+        if now >= walker.due.get(uid, 0):
+            walker.due[uid] = now + interval
+            walker.walks[uid] = measure_pod(pods[uid], walker.measured.setdefault(uid, {}), walker.mountpoints)
+
+
+def take_turn(walker: Walker) -> None:
+    uid = next(iter(walker.walks))
+    walk = walker.walks.pop(uid)
+    try:
+        next(walk)
+        walker.walks[uid] = walk
+    except (StopIteration, OSError):
+        pass
+    except Exception:
+        log.exception('a bug in the walk of a directory')
+
+
+def walk_directories(walker: Walker, interval: float, stopped: threading.Event) -> None:
+    """The thread. After each turn it sleeps so long that it takes no more than its share of a CPU, and half of a slow
+    disk's time."""
+    pause, looked, used = 0.0, -math.inf, time.thread_time()
+    while not stopped.wait(pause):
+        began, now = used, time.monotonic()
+        if now >= looked + NEW_PODS_SECONDS:
+            looked = now
+            begin_walks(walker, interval, now)
+        if walker.walks:
+            take_turn(walker)
+        used = time.thread_time()
+        pause = max((used - began) * (1 / WALK_SHARE - 1), time.monotonic() - now)
+        pause = pause if walker.walks else max(pause, NEW_PODS_SECONDS)
+
+
+def find_kubelet_root(state: RuntimeState, cycle: Cycle) -> str:
+    """Where most volumes are mounted, else by its command line."""
+    if not (state.kubelet_root or cycle.kubelet_roots):
+        flag = KUBELET_ROOT_FLAG.search(cycle.read(f'/proc/{kubelet_pid(cycle)}/cmdline') or '')
+        state.kubelet_root = flag.group(1) if flag else DEFAULT_KUBELET_ROOT
+    return max(cycle.kubelet_roots, key=cycle.kubelet_roots.get, default=state.kubelet_root)
+
+
+def pod_directories(pods: Iterable[wire.PodMetrics], root: str, cycle: Cycle) -> Dict[str, Dict[str, str]]:
+    """By uid the directories that have a pod's logs, and its volumes on disk, by kind."""
+    return {pod.uid: {'logs': cycle.path(f'{POD_LOGS}/{pod.namespace}_{pod.name}_{pod.uid}'),
+                      'emptyDir': cycle.path(f'{root}/pods/{pod.uid}/volumes/{EMPTY_DIR}')}
+            for pod in pods if pod.uid and '/' not in pod.namespace + pod.name + pod.uid}
+
+
+def pod_usages(pod: wire.PodMetrics, measured: Usages,
+               volumes: Iterable[Volume]) -> Usages:
+    """By kind and name. A container and its exited predecessor have one name: their layers are summed."""
+    usages = {}
+    for container in pod.container_metrics:
+        layer = container.file_system_metrics
+        if layer.timestamp:
+            size, inodes, *_ = usages.get(('layer', container.name), (0, 0))
+            usages['layer', container.name] = Measured(
+                size + layer.used_bytes.value, inodes + layer.inodes_used.value, layer.timestamp)
+    usages.update(sorted(measured.items()))
+    for volume in volumes:
+        if volume.plugin == EMPTY_DIR and volume.usage.HasField('used'):
+            inodes = volume.usage.inodes - volume.usage.inodes_free if volume.usage.HasField('inodes') else math.nan
+            usages['memory', volume.name] = Measured(volume.usage.used, inodes, time.time_ns())
+    return usages
+
+
+def fill_storage_usage(message: wire.StorageUsage, usage: Tuple[Tuple[str, str], Measured]) -> None:
+    (kind, name), measured = usage
+    fill_text(message, 'kind', kind)
+    fill_text(message, 'name', shown_name(name))
+    put(message, 'bytes', measured.bytes)
+    put(message, 'inodes', measured.inodes)
+    put(message, 'timestamp_ns', measured.timestamp_ns)
+    put(message, 'incomplete', measured.incomplete or math.nan)
+
+
+def fill_volume(message: wire.PodVolume, volume: Volume) -> None:
+    message.CopyFrom(wire.PodVolume(name=volume.name, plugin=volume.plugin, usage=volume.usage))
+
+
+def fill_storage(message: wire.PodMetrics, measured: Usages,
+                 volumes: Sequence[Volume]) -> None:
+    usages = pod_usages(message, measured, volumes)
+    mounted = [volume for volume in volumes if volume.plugin != EMPTY_DIR]
+    fill_list(message.ephemeral_storage.usages, list(usages.items())[:MAX_ROWS], fill_storage_usage)
+    fill_list(message.volumes, mounted[:MAX_ROWS], fill_volume)
+    count_left_out(message, 'storage', max(0, len(usages) - MAX_ROWS) + max(0, len(mounted) - MAX_ROWS))
+
+
+def collect_storage(state: RuntimeState, options: Options, cycle: Cycle) -> None:
+    """What the walker has measured, and what the mounts tell."""
+    if cycle.now < state.storage_due:
+        return
+    state.storage_due, cycle.current = cycle.now + STORAGE_SECONDS, 'container runtime'
+    root, walker = (options.kubelet_root or find_kubelet_root(state, cycle)).rstrip('/'), state.walker
+    # In place: walks that take minutes see what is mounted meanwhile.
+    walker.mountpoints |= cycle.mountpoints
+    walker.mountpoints &= cycle.mountpoints
+    walker.pods = pod_directories((pod.message for pod in state.pods.values()), root, cycle)
+    # One mount for each name: CSI may have its own and the volume's.
+    volumes = {(volume.uid, volume.plugin, volume.name): volume for volume in cycle.volumes if volume.root == root}
+    by_uid = collections.defaultdict(list)
+    for volume in volumes.values():
+        by_uid[volume.uid].append(volume)
+    each_pod(state.pods, lambda pod: fill_storage(
+        pod.message, dict(walker.measured.get(pod.message.uid, {})), by_uid[pod.message.uid]), cycle)
+
+
 # --- what the runtime is asked
 
 # A statistics call may take longer than a cycle: a later cycle takes its answer, and none is started beside it.
@@ -3218,8 +3716,6 @@ SIZES_PATIENCE_SECONDS = 0.25
 LIST_VALID_SECONDS = 600
 # How often the runtime is asked whether it is ready, and how many containers' exit codes it is asked for in a cycle.
 CONDITIONS_SECONDS, STATUSES_PER_CYCLE = 15, 32
-# How long after a kill the runtime may still learn that it was for want of memory.
-LATE_REASON_SECONDS = 60
 # What may fail on this side.
 RUNTIME_SUBJECTS = ('container runtime', 'container statistics', 'container status', 'runtime health', 'cgroups',
                     'pod cgroups', 'pod networks', 'pods')
@@ -3243,14 +3739,20 @@ class RuntimeState:
     tree: Optional[CgroupTree] = None
     unfound: Set[str] = frozenset()
     search_due = 0.0
+    # By its command line; and when the pods' messages are to have their storage anew.
+    kubelet_root = ''
+    storage_due = 0.0
 
-    def __init__(self, description: str = ''):
+    def __init__(self, description: str = '', walker: Optional[Walker] = None):
+        self.walker = walker or Walker()
         # Of the runtime that was found last, for the log.
         self.description = description
         self.stats_calls: queue.SimpleQueue = queue.SimpleQueue()
         # What has failed of what is not asked in each cycle: it has not recovered before it is asked again.
         self.troubles: Failures = {}
         self.pods: Dict[str, Pod] = {}
+        # By the pods' uids.
+        self.histories: Dict[str, History] = {}
 
     def __del__(self) -> None:
         self.stats_calls.put(None)
@@ -3330,13 +3832,9 @@ def fetch_stats(state: RuntimeState, needed: bool, cycle: Cycle) -> Dict[str, cr
 
 def is_stale(container: Container, again: bool) -> bool:
     """Whether to ask for a container's status: not asked in this state; or, `again`, now and then, where there was no
-    answer or the runtime may yet learn that a kill was for want of memory."""
-    if container.asked_state != container.state:
-        return True
-    status = container.message.status
-    killed = status.exit_code == 128 + signal.SIGKILL and status.reason != 'OOMKilled'
-    late = killed and time.time_ns() - status.finished_at_ns < LATE_REASON_SECONDS * 10**9
-    return again and (late or not container.message.HasField('status'))
+    answer or the runtime may yet learn more."""
+    return container.asked_state != container.state or again and (
+        is_undecided(container) or not container.message.HasField('status'))
 
 
 def stale_containers(pods: Iterable[Pod], again: bool) -> List[Tuple[Pod, Container]]:
@@ -3369,7 +3867,7 @@ def fetch_statuses(state: RuntimeState, again: bool, cycle: Cycle) -> None:
                 container.asked_state = None
                 break
             continue
-        status = answer.status
+        status, pod.restless = answer.status, True
         if answer.HasField('status') and status.state != container.state:
             # It has changed since the list.
             container.asked_state = None
@@ -3423,6 +3921,9 @@ def update_from_runtime(state: RuntimeState, options: Options, cycle: Cycle) -> 
             forget_runtime(state)
         return False
     update_pods(state.pods, sandboxes, containers, cycle)
+    forget_histories(state.histories, {utf8(sandbox.metadata.uid) for sandbox in sandboxes}
+                     | {pod.message.uid or pod.message.id for pod in state.pods.values()},
+                     {utf8(container.id) for container in containers})
     state.listed_at, state.listed = cycle.now, wire.RuntimeMetrics(
         name=runtime.name, version=runtime.version, socket=runtime.socket, service=runtime.service,
         listed_at_ns=time.time_ns(), sandboxes=count_states(cri.PodSandboxState, sandboxes),
@@ -3475,7 +3976,7 @@ def collect_pods(metrics: wire.Metrics, options: Options, state: RuntimeState, c
     what the kernel says of them now."""
     answers = update_from_runtime(state, options, cycle)
     if not answers and cycle.now >= state.listed_at + LIST_VALID_SECONDS:
-        state.listed, state.pods = None, {}
+        state.listed, state.pods, state.walker.pods = None, {}, {}
     if state.listed is None:
         return
     message = metrics.node_metrics.container_runtime
@@ -3488,6 +3989,8 @@ def collect_pods(metrics: wire.Metrics, options: Options, state: RuntimeState, c
     for subject, error in state.troubles.items():
         cycle.failures.setdefault(subject, error)
     each_pod(state.pods, lambda pod: fill_usage(pod, stats), cycle)
+    fill_histories(state, cycle)
+    collect_storage(state, options, cycle)
     messages = [pod.message for pod in state.pods.values()]
     messages.sort(key=lambda pod: (pod.namespace, pod.name, pod.created_at))
     for pod in messages:
@@ -4182,7 +4685,7 @@ def log_send_error(relay: Relay, error: SendError, logged: Set[str]) -> None:
 def deliver(backlog: Backlog, relay: Relay) -> None:
     """The sending thread: send the backlog until it closes, with a pause after each failure and one last attempt, which
     goes on where it was refused. A catch-up goes at the backlog's pace."""
-    connection, failures, way, logged = None, 0, Way(), set()
+    connection, failures, way, logged, reached = None, 0, Way(), set(), False
     paced = max(1, int(1 / backlog.pace_seconds)) if backlog.pace_seconds else MAX_STREAM_SNAPSHOTS
     while not backlog.given_up.is_set():
         last_attempt, verify, began = backlog.closing.is_set(), bool(way.aside) and way.taking, time.monotonic()
@@ -4205,8 +4708,10 @@ def deliver(backlog: Backlog, relay: Relay) -> None:
                 way.refusals.clear()
                 way.proofs.clear()
             way.taking = error is None
-            if failures and error is None:
-                log.info('relay %s: recovered; dropped so far: %d', relay.address, sum(backlog.dropped.values()))
+            if error is None and (failures or not reached):
+                how = f'recovered; dropped so far: {sum(backlog.dropped.values())}' if reached else 'reached'
+                log.info('relay %s: %s', relay.address, how)
+            reached = reached or error is None
             failures, logged = 0, set()
             backlog.closing.wait(max(0.0, began + len(batch) * backlog.pace_seconds - time.monotonic()))
             continue
@@ -4320,9 +4825,9 @@ def collect_agent(message: wire.AgentMetrics, stats: AgentStats, backlog: Option
 class State:
     """What lives from cycle to cycle, by side."""
 
-    def __init__(self, top_n: int):
+    def __init__(self, top_n: int, walker: Optional[Walker] = None):
         self.node = NodeState(top_n)
-        self.runtime = RuntimeState()
+        self.runtime = RuntimeState(walker=walker)
 
 
 def collect_snapshot(roots: Roots, options: Options, state: State, stats: AgentStats,
@@ -4337,7 +4842,7 @@ def collect_snapshot(roots: Roots, options: Options, state: State, stats: AgentS
         cycle.failed('container runtime', error)
         metrics.node_metrics.ClearField('container_runtime')
         forget_runtime(state.runtime)
-        state.runtime = RuntimeState(state.runtime.description)
+        state.runtime = RuntimeState(state.runtime.description, state.runtime.walker)
     stats.sequence += 1
     # Each count is there with 0 before it rises: a counter that begins with 1 has no rate.
     # `mount /any/path` is counted as a mount: there is no end of paths.
@@ -4436,89 +4941,87 @@ def present_containers(pod: wire.PodMetrics) -> List[wire.ContainerMetrics]:
 
 # --- live view
 
-# ANSI control sequences (ECMA-48), and xterm's alternate screen: no cursor on it, and lines that are too long do not
-# wrap.
+# Written by hand and without curses: the same lines go to a pipe, and one select waits for keys, signals and the next
+# tick. The sequences are ECMA-48's; on xterm's alternate screen there is no cursor, and long lines do not wrap.
 ENTER_SCREEN, LEAVE_SCREEN = '\x1b[?1049h\x1b[?25l\x1b[?7l', '\x1b[?7h\x1b[?25h\x1b[?1049l'
+HOME, CLEAR_LINE = '\x1b[H', '\x1b[K'
+RED, YELLOW, GREEN, BOLD, REVERSE, PLAIN = '\x1b[31m', '\x1b[33m', '\x1b[32m', '\x1b[1m', '\x1b[7m', '\x1b[m'
 COLOR = re.compile(r'(\x1b\[\d*m)')
-HOME, CLEAR_LINE, CLEAR_BELOW = '\x1b[H', '\x1b[K', '\x1b[J'
-RED, YELLOW, GREEN, BOLD, DIM, PLAIN = '\x1b[31m', '\x1b[33m', '\x1b[32m', '\x1b[1m', '\x1b[2m', '\x1b[m'
+# A key is a character or a sequence. What has begun one, and does not go on in time, is the key Esc.
+KEY, BEGUN_KEY = re.compile(r'\x1b[\[O][\d;]*[A-Za-z~]|.', re.DOTALL), re.compile(rb'\x1b([\[O][\d;]*)?$')
+ESCAPE_SECONDS = 0.05
+KEY_NAMES = {'\x1b[A': 'Up', '\x1b[B': 'Down', '\x1b[5~': 'PgUp', '\x1b[6~': 'PgDn', '\x1b[H': 'Home', '\x1b[F': 'End',
+             '\x1b[1~': 'Home', '\x1b[4~': 'End', '\x1b': 'Esc', '\r': 'Enter', '\n': 'Enter',
+             '\x7f': 'Backspace', '\b': 'Backspace', ' ': 'Space'}
 BAR_WIDTH = 14
-# The share of a limit from which a figure is yellow, and red.
-WARM, HOT = 70, 90
-NEAR_FULL_PERCENT = 80
-# From these widths on, the table has rates, and images.
+# By whether the locale has UTF-8, from the smallest to the largest.
+SPARKS = {True: '▁▂▃▄▅▆▇█', False: '_.-=+*%#'}
+HISTORY_SAMPLES = 60
+# From these percentages on a figure is yellow, or red. From these on a container counts as throttled (of its
+# periods), or stalled (of the last 10 s).
+WARM, HOT, THROTTLED_PERCENT, STALLED_PERCENT = 70, 90, 25, 20
+# A kill or a restart counts as trouble for so long; a created container does if it has not started after so long.
+RECENT_SECONDS, SLOW_START_SECONDS = 600, 60
+# From these widths on, the table has more figures, and images.
 WIDE, WIDEST = 110, 160
 NARROWEST_NAME = 5
 LIVE_INTERVAL_SECONDS = 2
+NO_RUNTIME = 'no container runtime found'
 # The modes of CPU time without those of guests, and top(1)'s names for those that the view shows.
 CPU_MODES = CpuTimes._fields[:8]
 TOP_MODES = (('us', 'user'), ('sy', 'system'), ('ni', 'nice'), ('io', 'iowait'), ('si', 'softirq'), ('st', 'steal'))
 
-
-class View(NamedTuple):
-    """How the live view looks."""
-    width: int
-    height: Optional[int] = None
-    sort: str = 'c'
-    namespace: str = ''
-    color: bool = False
+# Of a figure that is not known it is None.
+Number = Optional[float]
+Lines = List[str]
 
 
-class TableRow(NamedTuple):
-    """A container in the table, None for what is not known. Rates are in bytes per second."""
-    namespace: str
-    pod: str
-    container: str
-    state: str
-    cores: Optional[float]
-    cpu_percent: Optional[float]
-    throttled_percent: Optional[float]
-    memory: Optional[float]
-    memory_percent: Optional[float]
-    restarts: int
-    received: Optional[float]
-    sent: Optional[float]
-    read: Optional[float]
-    written: Optional[float]
-    image: str
+class View:
+    """Two snapshots and how they are shown. Without a height all rows are, and no cursor."""
+
+    order, namespace, search, page = 'trouble', '', '', ''
+    typing = paused = False
+    # The container that the cursor follows; at the top of the list it follows none.
+    chosen = ''
+    # The lines that there is room for, and the last place of the cursor.
+    room = last = 0
+
+    def __init__(self, width: int, height: Any = None, color: bool = False) -> None:
+        self.width, self.height, self.color = width, height, color
+        self.rows: List[TableRow] = []
+        # By page, where the cursor is, or the first line that is shown. '' is the list.
+        self.at: Dict[str, Any] = collections.Counter()
+
+    def compare(self, previous: Optional[wire.Metrics], metrics: wire.Metrics) -> None:
+        self.metrics, self.previous = metrics, previous or wire.Metrics()
+        self.node, self.old_node = metrics.node_metrics, self.previous.node_metrics
+        # By the monotonic clock.
+        self.seconds = metrics.agent_metrics.uptime_seconds - self.previous.agent_metrics.uptime_seconds
+        self.old = {item.id: item for pod in self.previous.pod_metrics for item in (pod, *pod.container_metrics)}
+
+    def rate(self, old: Any, new: Any, path: str) -> Number:
+        return per_second(old and value_at(old, path), value_at(new, path), self.seconds)
+
+    def age(self, timestamp_ns: int) -> float:
+        """Seconds since then; endless where it is not known, or the clock was set back."""
+        seconds = self.metrics.timestamp - timestamp_ns / 1e9
+        return seconds if timestamp_ns and seconds > -SLOW_START_SECONDS else math.inf
 
 
-class Column(NamedTuple):
-    """A column of the table: its title, its width (negative: flush left, 0: as wide as its text), the terminal width
-    from which it is shown, its text, and its colour."""
-    title: str
-    width: int
-    shown_from: int
-    text: Callable[[TableRow], str]
-    color: Callable[[TableRow], str] = lambda row: ''
+def human_age(seconds: float) -> str:
+    return '-' if seconds == math.inf else f'{max(0, seconds):.0f}s' if seconds < 60 else human_seconds(int(seconds))
 
 
-def heat(percent: Optional[float]) -> str:
-    return '' if percent is None or percent < WARM else YELLOW if percent < HOT else RED
-
-
-def human_percent(percent: Optional[float]) -> str:
+def human_percent(percent: Number) -> str:
     return '' if percent is None else f'{min(percent, 999):.0f}%'
 
 
-NAME_COLUMNS = ('NAMESPACE', 'POD', 'CONTAINER')
-COLUMNS = (
-    Column('CPU', 5, 0, lambda row: '-' if row.cores is None else f'{row.cores:.{2 if row.cores < 99 else 0}f}'),
-    Column('%LIM', 4, 0, lambda row: human_percent(row.cpu_percent), lambda row: heat(row.cpu_percent)),
-    Column('THR', 4, 0, lambda row: human_percent(row.throttled_percent), lambda row: heat(row.throttled_percent)),
-    Column('MEM', 5, 0, lambda row: human_short(row.memory)),
-    Column('%LIM', 4, 0, lambda row: human_percent(row.memory_percent), lambda row: heat(row.memory_percent)),
-    Column('RX/s', 6, WIDE, lambda row: human_short(row.received)),
-    Column('TX/s', 5, WIDE, lambda row: human_short(row.sent)),
-    Column('READ/s', 6, WIDE, lambda row: human_short(row.read)),
-    Column('WRITE/s', 7, WIDE, lambda row: human_short(row.written)),
-    Column('RST', 3, 0, lambda row: str(row.restarts)),
-    Column('STATE', -9, 0, lambda row: row.state, lambda row: '' if row.state == 'running' else YELLOW),
-    Column('IMAGE', 0, WIDEST, lambda row: row.image),
-)
-# By key what the table is sorted by, largest first.
-ORDERS = {'c': ('cpu', lambda row: row.cores or 0), 'm': ('memory', lambda row: row.memory or 0),
-          'r': ('restarts', lambda row: row.restarts)}
+def human_cores(nano_cores: Number) -> str:
+    return '-' if nano_cores is None else f'{nano_cores / 1e9:.{2 if nano_cores < 99e9 else 0}f}'
+
+
+def heat(percent: Number) -> str:
+    return '' if percent is None or percent < WARM else YELLOW if percent < HOT else RED
 
 
 def paint(text: str, color: str, view: View) -> str:
@@ -4526,145 +5029,235 @@ def paint(text: str, color: str, view: View) -> str:
 
 
 def bar(percent: float, view: View) -> str:
+    """With the figure before it: a narrow terminal has no room for more."""
     width = BAR_WIDTH if view.width < WIDE else 3 * BAR_WIDTH
     filled = min(width, max(0, round(percent / 100 * width)))
-    return '[' + paint('|' * filled, heat(percent) or GREEN, view) + ' ' * (width - filled) + ']'
+    return f'{percent:5.1f}% [' + paint('|' * filled, heat(percent) or GREEN, view) + ' ' * (width - filled) + ']'
+
+
+def cells(text: str) -> int:
+    """How many cells of a terminal it takes: two for an East Asian character, none for an accent."""
+    if text.isascii():
+        return len(text)
+    import unicodedata
+    return sum(0 if unicodedata.category(char) in ('Mn', 'Me') else 1 + (unicodedata.east_asian_width(char) in 'WF')
+               for char in text)
+
+
+def head_of(text: str, width: int) -> str:
+    """As much as there is room for."""
+    if text.isascii():
+        return text[:width]
+    return text[:sum(end <= width for end in itertools.accumulate(map(cells, text)))]
 
 
 def fit(text: str, width: int) -> str:
-    """Exactly so wide; what is cut off is marked."""
-    text = printable(text)
-    return text.ljust(width) if len(text) <= width else text[:width - 1] + '~'
+    """Exactly so wide, flush left where the width is negative; 0 is as wide as the text. What is too long is cut in the
+    middle: the names of pods differ at their ends."""
+    room = abs(width)
+    if room and cells(text) > room:
+        text = head_of(text, (room - 1) // 2) + '~' + head_of(text[::-1], room // 2)[::-1]
+    padding = ' ' * (room - cells(text))
+    return padding + text if width > 0 else text + padding
 
 
 def clip(line: str, width: int) -> str:
     """At most so wide; colours take no room, and each is ended."""
-    pieces, left = [], width
-    for piece in COLOR.split(line):
-        visible = piece if COLOR.match(piece) else piece[:left]
-        left -= 0 if COLOR.match(piece) else len(visible)
-        pieces.append(visible)
+    pieces = COLOR.split(line)
+    for index in range(0, len(pieces), 2):
+        pieces[index] = head_of(pieces[index], width)
+        width -= cells(pieces[index])
     return ''.join(pieces).rstrip()
 
 
-def per_second(previous: Optional[float], value: Optional[float], seconds: float) -> Optional[float]:
+def percent_of(part: Number, whole: Number) -> Number:
+    return None if part is None or not whole else 100 * part / whole
+
+
+def per_second(previous: Number, value: Number, seconds: float) -> Number:
     """The rate of a counter; None without two samples, or where it began anew."""
     if previous is None or value is None or seconds <= 0 or value < previous:
         return None
     return (value - previous) / seconds
 
 
+def total(messages: Iterable[Any], path: str) -> Number:
+    """The sum of a field, None where no message has it."""
+    known = [value for value in (value_at(message, path) for message in messages) if value is not None]
+    return sum(known) if known else None
+
+
 def shown_state(container: wire.ContainerMetrics) -> str:
     state, status = container.state.replace('CONTAINER_', '').lower(), container.status
-    if state == 'exited' and container.HasField('status'):
-        return status.reason if status.reason == 'OOMKilled' else f'exit {status.exit_code}'
-    return state
+    if state != 'exited' or not status.HasField('exit_code'):
+        return state
+    if status.reason == 'OOMKilled':
+        return 'OOM killed'
+    return f'exit {status.exit_code}' if status.exit_code else 'completed'
 
 
-def throttled_percent(previous: Optional[wire.ContainerMetrics], container: wire.ContainerMetrics) -> Optional[float]:
-    """Percent of the periods between two snapshots in which the container used up its quota."""
-    if previous is None or not container.cgroup.cpu.HasField('max'):
-        return None
-    stat, earlier = container.cgroup.cpu.stat, previous.cgroup.cpu.stat
-    periods = stat.nr_periods - earlier.nr_periods
-    return 100 * (stat.nr_throttled - earlier.nr_throttled) / periods if periods > 0 else None
+class TableRow:
+    """A container in the table. What neither tells its trouble nor orders the table by default is computed when it is
+    asked for: a frame is due in 10 ms, and there may be 330 of them. Rates are in bytes per second."""
+
+    def __init__(self, view: View, pod: wire.PodMetrics, container: wire.ContainerMetrics) -> None:
+        self.view, self.pod, self.container, self.id = view, pod, container, container.id
+        self.old_pod = view.old.get(pod.id) or wire.PodMetrics()
+        self.old = view.old.get(container.id) or wire.ContainerMetrics()
+        self.names = printable(pod.namespace), printable(pod.name), printable(container.name)
+        self.state, cpu = printable(shown_state(container)), container.cgroup.cpu
+        self.nano_cores = value_at(container, 'cpu_metrics.usage_nano_cores.value')
+        self.quota = 1e9 * cpu.max.quota_usec / (cpu.max.period_usec or 1)
+        self.cpu_percent = percent_of(self.nano_cores, self.quota)
+        self.memory = value_at(container, 'memory_metrics.working_set_bytes.value')
+        self.memory_percent = percent_of(self.memory, container.cgroup.memory.max)
+        earlier = self.old.cgroup.cpu.stat
+        # Of the periods between the snapshots.
+        self.throttled = percent_of(cpu.stat.nr_throttled - earlier.nr_throttled, earlier.nr_periods and max(
+            0, cpu.stat.nr_periods - earlier.nr_periods))
+        self.score, self.why = worst_trouble(self)
+
+    def network(self, field: str) -> Number:
+        """The pod's, all interfaces together."""
+        old, new = (total(pod.network_interfaces, field) for pod in (self.old_pod, self.pod))
+        return per_second(old, new, self.view.seconds)
+
+    def io(self, field: str) -> Number:
+        old, new = (total(container.cgroup.io.stat, field) for container in (self.old, self.container))
+        return per_second(old, new, self.view.seconds)
+
+    restarts = property(lambda self: value_at(self.container, 'restart_count'))
+    image = property(lambda self: printable(self.container.user_specified_image or self.container.image))
+    received = property(lambda self: self.network('counters.rx_bytes'))
+    sent = property(lambda self: self.network('counters.tx_bytes'))
+    read = property(lambda self: self.io('rbytes'))
+    written = property(lambda self: self.io('wbytes'))
+    # What the pod takes of the node's own disks.
+    disk = property(lambda self: total(
+        (usage for usage in self.pod.ephemeral_storage.usages if usage.kind != 'memory'), 'bytes'))
 
 
-def total_of(messages: Optional[Iterable[Any]], field: str) -> Optional[int]:
-    """The sum of a field, None where there is nothing to sum."""
-    return None if messages is None else sum(getattr(message, field) for message in messages)
+def worst_trouble(row: TableRow) -> Tuple[int, str]:
+    """How bad the worst is that is wrong with a container, as a percentage is hot, and a word for it."""
+    container, group, status, age = row.container, row.container.cgroup, row.container.status, row.view.age
+    running, since_kill = row.state == 'running', age(container.last_oom_kill_ns)
+    since_start = age(max(status.started_at_ns, container.last_exit.finished_at_ns))
+    stalled = max(group.cpu.pressure.some.avg10, group.memory.pressure.some.avg10, group.io.pressure.some.avg10)
+    score, word = max((score, word) for score, word, found in (
+        (99, 'OOM {1}', since_kill < RECENT_SECONDS),
+        (98, '{0.state}', not running and status.exit_code),
+        (97, 'restarted', running and container.restart_count and since_start < RECENT_SECONDS),
+        (96, '{0.state}', row.state in ('created', 'unknown') and age(container.created_at) > SLOW_START_SECONDS),
+        (89, 'mem {0.memory_percent:.0f}%', (row.memory_percent or 0) >= HOT),
+        (88, 'throttled', (row.throttled or 0) >= THROTTLED_PERCENT),
+        (87, 'cpu {0.cpu_percent:.0f}%', (row.cpu_percent or 0) >= HOT),
+        (86, 'pressure', stalled >= STALLED_PERCENT),
+        (0, '' if running else '{0.state}', True)) if found)
+    return score, word and word.format(row, human_age(since_kill))
 
 
-def table_row(pod: wire.PodMetrics, container: wire.ContainerMetrics, previous_pod: Optional[wire.PodMetrics],
-              previous: Optional[wire.ContainerMetrics], seconds: float) -> TableRow:
-    rate, limit = value_at(container, 'cpu_metrics.usage_nano_cores.value'), container.cgroup.cpu.max
-    cores = None if rate is None else rate / 1e9
-    used = value_at(container, 'memory_metrics.working_set_bytes.value')
-    most = container.cgroup.memory.max
-    counters, old_counters = (item and [interface.counters for interface in item.network_interfaces] or None
-                              for item in (pod, previous_pod))
-    devices, old_devices = (item.cgroup.io.stat if item and item.HasField('cgroup') else None
-                            for item in (container, previous))
-    return TableRow(
-        pod.namespace, pod.name, container.name, shown_state(container), cores,
-        100 * cores * limit.period_usec / limit.quota_usec if cores is not None and limit.quota_usec else None,
-        throttled_percent(previous, container),
-        used, 100 * used / most if used is not None and most else None, container.restart_count,
-        *(per_second(total_of(old, field), total_of(new, field), seconds) for old, new, field in (
-            (old_counters, counters, 'rx_bytes'), (old_counters, counters, 'tx_bytes'),
-            (old_devices, devices, 'rbytes'), (old_devices, devices, 'wbytes'))),
-        container.user_specified_image or container.image)
+class Column(NamedTuple):
+    """A column of the table: its title, its width as in fit, the terminal width from which it is shown, the field of
+    TableRow, its text, and the field that tells its colour."""
+    title: str
+    width: int
+    shown_from: int
+    field: str
+    text: Callable[[Any], str] = human_short
+    heat: str = ''
 
 
-def table_rows(previous: Optional[wire.Metrics], metrics: wire.Metrics, seconds: float, view: View) -> List[TableRow]:
-    """The containers of the chosen namespaces, sorted as the view says."""
-    old_pods = {pod.id: pod for pod in previous.pod_metrics} if previous else {}
-    old = {container.id: container for pod in old_pods.values() for container in pod.container_metrics}
-    rows = [table_row(pod, container, old_pods.get(pod.id), old.get(container.id), seconds)
-            for pod in metrics.pod_metrics if view.namespace in ('', pod.namespace)
+NAME_COLUMNS = ('NAMESPACE', 'POD', 'CONTAINER')
+COLUMNS = (
+    Column('CPU', 5, 0, 'nano_cores', human_cores),
+    Column('%LIM', 4, 0, 'cpu_percent', human_percent, 'cpu_percent'),
+    Column('THR', 4, WIDE, 'throttled', human_percent, 'throttled'),
+    Column('MEM', 5, 0, 'memory'),
+    Column('%LIM', 4, 0, 'memory_percent', human_percent, 'memory_percent'),
+    Column('RX/s', 5, WIDE, 'received'),
+    Column('TX/s', 5, WIDE, 'sent'),
+    Column('READ/s', 6, WIDE, 'read'),
+    Column('WRITE/s', 7, WIDE, 'written'),
+    Column('DISK', 5, 0, 'disk'),
+    Column('RST', 4, 0, 'restarts'),
+    Column('STATE', -10, WIDE, 'state', str),
+    Column('WHY', -10, 0, 'why', str, 'score'),
+    Column('IMAGE', 0, WIDEST, 'image', str),
+)
+# By name the fields of TableRow of which the larger one counts, the largest first.
+ORDERS = dict(order.split('=') for order in (
+    'trouble=score cpu=nano_cores memory=memory %limit=cpu_percent,memory_percent throttling=throttled '
+    'restarts=restarts network=received,sent I/O=read,written disk=disk').split())
+
+
+def table_rows(view: View) -> List[TableRow]:
+    """The containers of the chosen namespace that have the text sought, in the chosen order, then by CPU."""
+    fields, sought = ORDERS[view.order].split(','), view.search.lower()
+    rows = [TableRow(view, pod, container) for pod in view.metrics.pod_metrics if view.namespace in ('', pod.namespace)
             for container in present_containers(pod)]
-    return sorted(rows, key=lambda row: (-ORDERS[view.sort][1](row), row.namespace, row.pod, row.container))
+    if sought:
+        rows = [row for row in rows if sought in ' '.join((*row.names, row.image)).lower()]
+    return sorted(rows, key=lambda row: (
+        -max(getattr(row, field) or 0 for field in fields), -(row.nano_cores or 0), row.names))
 
 
 def name_widths(rows: Sequence[TableRow], room: int) -> List[int]:
     """As wide as the widest name of each column; where there is no room, a pod's name keeps the most."""
-    widths = [max(len(title), *(len(row[number]) for row in rows)) for number, title in enumerate(NAME_COLUMNS)]
+    widths = [max(map(cells, names)) for names in zip(NAME_COLUMNS, *(row.names for row in rows))]
     shares = (1, 2, 1)
-    for _ in range(sum(widths) + len(widths) - room):
-        widest = max(range(len(widths)), key=lambda number: widths[number] / shares[number])
-        widths[widest] = max(NARROWEST_NAME, widths[widest] - 1)
+    while sum(widths) > room and max(widths) > NARROWEST_NAME:
+        widest = max(range(3), key=lambda number: (widths[number] > NARROWEST_NAME, widths[number] / shares[number]))
+        widths[widest] -= 1
     return widths
 
 
-def pod_lines(rows: Sequence[TableRow], view: View) -> List[str]:
-    """The table: the wider the terminal, the more columns, and the longer the names."""
-    columns = [column for column in COLUMNS if view.width >= column.shown_from]
-    widths = name_widths(rows, view.width - sum(abs(column.width) + 1 for column in columns if column.width) + 1)
-
-    def align(text: str, column: Column) -> str:
-        return fit(text, -column.width) if column.width < 0 else printable(text).rjust(column.width)
-
-    titles = [*map(fit, NAME_COLUMNS, widths), *(align(column.title, column) for column in columns)]
-    lines = [paint(' '.join(titles), BOLD, view)]
-    for row in rows:
-        cells = [paint(align(column.text(row), column), column.color(row), view) for column in columns]
-        lines.append(' '.join([*map(fit, row, widths), *cells]))
+def table_lines(view: View, first: int) -> Lines:
+    """The heading, and as many rows as there is room for: the wider the terminal, the more columns, and the longer the
+    names. A column of which nothing is known is left out."""
+    shown = [column for column in COLUMNS if view.width >= column.shown_from
+             and any(getattr(row, column.field) is not None for row in view.rows)]
+    widths = name_widths(view.rows, view.width - sum(abs(column.width) + 1 for column in shown) - len(NAME_COLUMNS))
+    columns = [*(Column(title, -width, 0, 'names', operator.itemgetter(number))
+                 for number, (title, width) in enumerate(zip(NAME_COLUMNS, widths))), *shown]
+    lines = [paint(' ' + ' '.join(fit(column.title, column.width) for column in columns), BOLD, view)]
+    for number, row in enumerate(view.rows[first:first + view.room], first):
+        line = ' '.join(paint(fit(text(getattr(row, field)), width), hot and heat(getattr(row, hot)), view)
+                        for _, width, _, field, text, hot in columns)
+        chosen = view.height and number == view.at['']
+        lines.append(paint(fit('>' + COLOR.sub('', line), -view.width), REVERSE, view) if chosen else ' ' + line)
     return lines
 
 
-def title_line(node: wire.NodeMetrics, view: View) -> str:
-    uptime = f'up {human_seconds(node.uptime)}' if node.HasField('uptime') else ''
-    kernel = f'Linux {node.kernel_version}' if node.kernel_version else ''
-    words = (node.hostname or 'node', f'{node.platform} {node.platform_version}'.strip(), kernel,
-             node.primary_ipv4.value, uptime)
+def title_line(view: View) -> str:
+    node = view.node
+    words = (
+        'PAUSED' if view.paused else '', node.hostname or 'node', f'{node.platform} {node.platform_version}'.strip(),
+        f'Linux {node.kernel_version}' if node.kernel_version else '', node.primary_ipv4.value,
+        f'up {human_seconds(node.uptime)}' if node.HasField('uptime') else '')
     return paint(printable('  '.join(filter(None, words))), BOLD, view)
 
 
-def cpu_line(previous: Optional[wire.Metrics], node: wire.NodeMetrics, view: View) -> str:
+def cpu_line(view: View) -> str:
+    node, cpus = view.node, len(view.node.cpu_infos)
     if not node.HasField('total_cpu_percentage'):
         return 'cpu  not known'
-    percent, modes = node.total_cpu_percentage, ''
-    if previous and previous.node_metrics.HasField('cpu_seconds'):
-        old = previous.node_metrics.cpu_seconds
-        spent = {mode: max(0.0, getattr(node.cpu_seconds, mode) - getattr(old, mode)) for mode in CPU_MODES}
-        total = sum(spent.values()) or 1
-        modes = ' '.join(f'{label} {100 * spent[mode] / total:.0f}' for label, mode in TOP_MODES)
-    return f'cpu  {bar(percent, view)} {percent:5.1f}% of {plural(len(node.cpu_infos), "CPU")}  {modes}'
+    spent = ((label, view.rate(view.old_node, node, f'cpu_seconds.{mode}')) for label, mode in TOP_MODES)
+    modes = ' '.join(f'{label} {100 * cores / cpus:.0f}' for label, cores in spent if cores is not None and cpus)
+    return f'cpu  {bar(node.total_cpu_percentage, view)} of {plural(cpus, "CPU")}  {modes}'
 
 
-def memory_line(node: wire.NodeMetrics, view: View) -> str:
-    text, swap = 'mem  not known', node.meminfo.get('SwapTotal')
+def memory_line(view: View) -> str:
+    node, text, swap = view.node, 'mem  not known', view.node.meminfo.get('SwapTotal')
     if node.HasField('memory_used_perc'):
-        percent = node.memory_used_perc
-        text = f'mem  {bar(percent, view)} {percent:5.1f}% of {human_bytes(node.total_memory)}'
+        text = f'mem  {bar(node.memory_used_perc, view)} of {human_bytes(node.total_memory)}'
     if not swap:
         return text + '  no swap' if swap == 0 else text
     percent = 100 * (swap - node.meminfo.get('SwapFree', 0)) / swap
-    return f'{text}  swap {bar(percent, view)} {percent:.0f}% of {human_bytes(swap)}'
+    return f'{text}  swap {bar(percent, view)} of {human_bytes(swap)}'
 
 
-def load_line(node: wire.NodeMetrics) -> str:
-    load = node.load_average
+def load_line(view: View) -> str:
+    node, load = view.node, view.node.load_average
     averages = f'{load.load1:.2f} {load.load5:.2f} {load.load15:.2f}' if node.HasField('load_average') else 'not known'
     processes = f'  {plural(node.procs, "process")}' if node.HasField('procs') else ''
     pressure = {'cpu': node.psi_cpu_metrics, 'mem': node.psi_memory_metrics, 'io': node.psi_io_metrics}
@@ -4672,133 +5265,381 @@ def load_line(node: wire.NodeMetrics) -> str:
     return f'load {averages}{processes}  pressure {stalls or "not known"}'
 
 
-def rates_line(previous: Optional[wire.Metrics], node: wire.NodeMetrics, seconds: float) -> str:
+def rates_line(view: View) -> str:
     """What goes through the node's network and disks."""
-    old = previous.node_metrics if previous else wire.NodeMetrics()
-    received, sent, read, written = (
-        human_short(per_second(value_at(old, path), value_at(node, path), seconds))
-        for path in ('net_usage.total_bytes_received', 'net_usage.total_bytes_sent', 'disk_io_summary.total_read_bytes',
-                     'disk_io_summary.total_write_bytes'))
+    received, sent, read, written = (human_short(view.rate(view.old_node, view.node, path)) for path in (
+        'net_usage.total_bytes_received', 'net_usage.total_bytes_sent', 'disk_io_summary.total_read_bytes',
+        'disk_io_summary.total_write_bytes'))
     return f'i/o  network in {received}/s out {sent}/s   disks read {read}/s write {written}/s'
 
 
-def disk_line(node: wire.NodeMetrics, view: View) -> str:
+def disk_line(view: View) -> str:
     """A file system that does not answer or is nearly full stands out, and comes first."""
-    shown = []
-    for disk in sorted(node.disk_usages, key=lambda disk: (not disk.stuck, -disk.used_percent)):
-        color = '' if disk.used_percent < NEAR_FULL_PERCENT else YELLOW if disk.used_percent < HOT else RED
-        text = 'STUCK' if disk.stuck else f'{disk.used_percent:.0f}%'
-        shown.append(paint(f'{printable(disk.mountpoint)} {text}', RED if disk.stuck else color, view))
-    return 'disk ' + ('  '.join(shown) or 'not known')
+    disks = sorted(view.node.disk_usages, key=lambda disk: (not disk.stuck, -disk.used_percent))
+    return 'disk ' + ('  '.join(
+        paint(f'{printable(disk.mountpoint)} {"STUCK" if disk.stuck else human_percent(disk.used_percent)}',
+              RED if disk.stuck else heat(disk.used_percent), view) for disk in disks) or 'not known')
 
 
-def agent_line(previous: Optional[wire.Metrics], metrics: wire.Metrics, seconds: float, view: View) -> str:
-    """The runtime, what the agent itself costs, and what it could not read in the previous cycle."""
-    runtime, agent = metrics.node_metrics.container_runtime, metrics.agent_metrics
-    unready = sorted(kind for kind, met in runtime.conditions.items() if not met)
-    state = ' ready' if runtime.conditions else ''
-    if unready:
-        state = paint(f' NOT READY ({printable(", ".join(unready))})', RED, view)
-    name = printable(f'{runtime.name} {runtime.version}')
-    if not runtime.name:
-        name = paint('no container runtime found', YELLOW, view)
-    spent = per_second(previous.agent_metrics.cpu_seconds_total, agent.cpu_seconds_total, seconds) if previous else None
+def agent_line(view: View) -> str:
+    """The runtime, what the agent itself costs, and what it could not read."""
+    runtime, agent = view.node.container_runtime, view.metrics.agent_metrics
+    unready = ', '.join(sorted(kind for kind, met in runtime.conditions.items() if not met))
+    state = f'NOT READY ({unready})' if unready else 'ready' if runtime.conditions else ''
+    name = printable(f'{runtime.name} {runtime.version} {state}') if runtime.name else NO_RUNTIME
+    spent = view.rate(view.previous.agent_metrics, agent, 'cpu_seconds_total')
     cost = '' if spent is None else f' {100 * spent:.1f}% cpu'
-    counted = previous.agent_metrics.failures_total if previous else {}
-    failed = sorted(subject for subject, count in agent.failures_total.items() if count > counted.get(subject, 0))
-    trouble = paint(f'  in trouble: {printable(", ".join(failed))}', YELLOW, view) if failed else ''
-    return f'cri  {name}{state}   agent{cost} {human_bytes(agent.resident_bytes)}{trouble}'
+    failing = printable(', '.join(agent.failing_subjects))
+    trouble = paint(f'in trouble: {failing}   ', YELLOW, view) if failing else ''
+    color = RED if unready else '' if runtime.name else YELLOW
+    return f'cri  {paint(name, color, view)}   {trouble}agent{cost} {human_bytes(agent.resident_bytes)}'
 
 
-def summary_line(rows: Sequence[TableRow], view: View) -> str:
-    """What the table shows, and on a terminal the keys that change that."""
-    running = sum(row.state == 'running' for row in rows)
-    pods = plural(len({(row.namespace, row.pod) for row in rows}), 'pod')
-    namespace = f' in {printable(view.namespace)}' if view.namespace else ''
-    text = f'{pods}{namespace}, {running}/{plural(len(rows), "container")} running, by {ORDERS[view.sort][0]}'
-    return text + ('   c m r sort, n namespace, q quit' if view.height else '')
+def summary_line(view: View) -> str:
+    """What the table shows, and on a terminal how that can be changed."""
+    rows, namespace = view.rows, f' in {printable(view.namespace)}' if view.namespace else ''
+    pods, running = plural(len({row.pod.id for row in rows}), 'pod'), sum(row.state == 'running' for row in rows)
+    text = f'{pods}{namespace}, {running}/{plural(len(rows), "container")} running, by {view.order}'
+    search = f'/{printable(view.search)}{"_" * view.typing}  ' if view.search or view.typing else ''
+    return search + (text if rows or view.node.container_runtime.name else NO_RUNTIME) + (
+        '   ? help, / filter, q quit' if view.height else '')
+
+
+# The lines above the table, and the height of the terminal from which each is shown: at 24 lines, 8 with the heading.
+HEADER = ((8, title_line), (0, cpu_line), (0, memory_line), (14, load_line), (30, rates_line), (18, disk_line),
+          (10, agent_line), (30, lambda view: ''), (0, summary_line))
+
+
+def list_lines(view: View) -> Lines:
+    """The node, then its containers; the cursor is in the middle where there are more above and below."""
+    rows = view.rows = table_rows(view)
+    at = next((number for number, row in enumerate(rows) if row.id == view.chosen), min(view.at[''], len(rows) - 1))
+    view.at[''] = max(0, at)
+    lines = [line(view) for height, line in HEADER if not view.height or view.height >= height]
+    view.last, view.room = len(rows) - 1, max(1, view.height - len(lines) - 1) if view.height else len(rows)
+    first = max(0, min(view.at[''] - view.room // 2, len(rows) - view.room))
+    return lines + table_lines(view, first) if rows else lines
 
 
 def render_view(previous: Optional[wire.Metrics], metrics: wire.Metrics, view: View) -> str:
     """The node, then its containers; no wider than the view, no higher, and with no control codes but colours."""
-    # Between the two snapshots, by the monotonic clock.
-    seconds = metrics.agent_metrics.uptime_seconds - previous.agent_metrics.uptime_seconds if previous else 0
-    rows, node = table_rows(previous, metrics, seconds, view), metrics.node_metrics
-    lines = [title_line(node, view), cpu_line(previous, node, view), memory_line(node, view), load_line(node),
-             rates_line(previous, node, seconds), disk_line(node, view), agent_line(previous, metrics, seconds, view),
-             '', summary_line(rows, view)]
-    lines += pod_lines(rows, view) if rows else []
-    if view.height and len(lines) > view.height:
-        hidden = len(lines) - view.height + 1
-        lines[view.height - 1:] = [paint(f'... {hidden} more', DIM, view)]
-    return '\n'.join(clip(line, view.width) for line in lines)
+    view.compare(previous, metrics)
+    return '\n'.join(clip(line, view.width) for line in list_lines(view)[:view.height])
 
 
-class Live:
-    """The live view: how it looks, and the two snapshots that it shows."""
+class Live(View):
+    """A view on a terminal, and what was measured since it began."""
 
-    previous: Optional[wire.Metrics] = None
-    metrics: Optional[wire.Metrics] = None
+    ended = False
+    settings: Any = None
 
     def __init__(self) -> None:
-        self.view = View(80, color=not os.environ.get('NO_COLOR'))
+        super().__init__(80, 24, not os.environ.get('NO_COLOR'))
+        self.compare(None, wire.Metrics())
+        # Not by LC_CTYPE, which Python sets where the locale is C (PEP 538).
+        self.utf8 = 'UTF' in (os.environ.get('LC_ALL') or os.environ.get('LANG', '')).upper()
         self.keyboard = [sys.stdin.fileno()] if sys.stdin and sys.stdin.isatty() else []
+        self.failures: Failures = {}
+        # By container its nanocores and bytes, in each of the last samples.
+        self.history: Deque[Dict[str, Sequence[Number]]] = collections.deque(maxlen=HISTORY_SAMPLES)
+
+
+def take_snapshot(live: Live, previous: Optional[wire.Metrics], metrics: wire.Metrics) -> None:
+    """What is shown from now on, unless the view is paused."""
+    if not live.paused:
+        live.compare(previous, metrics)
+    live.history.append({container.id: (value_at(container, 'cpu_metrics.usage_nano_cores.value'),
+                                        value_at(container, 'memory_metrics.working_set_bytes.value'))
+                         for pod in metrics.pod_metrics for container in pod.container_metrics})
+
+
+def spark(values: Sequence[Number], utf8: bool) -> str:
+    """A column for each value, a blank for one that is not known."""
+    most = max(value or 0 for value in values) or 1
+    return ''.join(' ' if value is None else SPARKS[utf8][int(7 * value / most)] for value in values)
+
+
+# What a kernel's unit is multiplied by: bytes of a sector, percent of the time for milliseconds in a second.
+FACTORS = {'read_sectors': 512, 'write_sectors': 512, 'io_ticks': 0.1}
+
+
+def figure(view: View, old: Any, new: Any, field: str) -> str:
+    """The text of a field: of a path, or with /s after it of the rate of a counter; with % after that of a percentage,
+    or of one field in percent of another: used:total%."""
+    path, _, whole = field.replace('/s', '').replace('%', '').partition(':')
+    value = view.rate(old, new, path) if '/s' in field else value_at(new, path)
+    if isinstance(value, (str, bool)):
+        return printable(str(value))
+    if whole:
+        value = percent_of(value, value_at(new, whole))
+    return (human_percent if '%' in field else human_short)(value and value * FACTORS.get(path, 1))
+
+
+def grid(view: View, columns: str, items: Sequence[Any], old_items: Iterable[Any] = ()) -> Lines:
+    """A table of messages, and an empty line; nothing where there are none. Of each column the title, = and the field
+    as in figure; the first one names the message, and what begins with a letter is flush left."""
+    titles, fields = zip(*(column.split('=') for column in columns.split()))
+    old, rows = {getattr(item, fields[0]): item for item in old_items}, [titles]
+    for item in items:
+        name = getattr(item, fields[0])
+        rows.append((printable(str(name)), *(figure(view, old.get(name), item, field) for field in fields[1:])))
+    widths = [max(map(cells, texts)) * (-1 if texts[-1][:1].isalpha() else 1) for texts in zip(*rows)]
+    return ['  '.join(map(fit, row, [-abs(widths[0]), *widths[1:]])) for row in rows] + [''] if items else []
+
+
+def against(used: Number, most: Number, text: Callable[[Any], str] = human_short) -> str:
+    """A figure and its limit."""
+    limit = f' of {text(most)} {human_percent(percent_of(used, most))}' if most else ', no limit known'
+    return text(used) + limit
+
+
+def stalls(files: Any) -> str:
+    """Of the last 10, 60 and 300 seconds."""
+    return '  '.join(f'{kind} {stall.avg10:.1f}% {stall.avg60:.1f}% {stall.avg300:.1f}%' for kind, stall in (
+        ('some', files.pressure.some), ('full', files.pressure.full))) if files.HasField('pressure') else '-'
+
+
+def container_facts(live: Live, row: TableRow) -> str:
+    pod, container, status, last = row.pod, row.container, row.container.status, row.container.last_exit
+    group = container.cgroup
+    cores, memory = zip(*(sample.get(row.id, (None, None)) for sample in live.history))
+
+    def ago(timestamp_ns: int) -> str:
+        text = human_age(live.age(timestamp_ns))
+        return text if text == '-' else f'{text} ago'
+
+    return f'''\
+container  {container.name}
+pod        {pod.namespace}/{pod.name}, {pod.qos_class or "-"}, runtime {pod.runtime_handler or "-"}
+uid        {pod.uid}
+network    {"of the node" if pod.host_network else "of its own" if pod.HasField("host_network") else "-"}
+trouble    {row.why or "-"}
+state      {row.state} {status.reason}, started {ago(status.started_at_ns)}
+restarts   {human_short(row.restarts)}
+last exit  {f"{last.exit_code} {last.reason}, " if container.HasField("last_exit") else ""}{ago(last.finished_at_ns)}
+OOM kills  {human_short(value_at(container, "oom_kills"))}, last {ago(container.last_oom_kill_ns)}
+cpu        {against(row.nano_cores, row.quota, human_cores)}, throttled {human_percent(row.throttled) or "-"}
+           {spark(cores, live.utf8)}
+memory     {against(row.memory, value_at(group, "memory.max"))}
+           {spark(memory, live.utf8)}
+swap       {against(value_at(group, "memory.swap.current"), value_at(group, "memory.swap.max"))}
+pids       {against(value_at(group, "pids.current"), value_at(group, "pids.max"))}
+stalled    cpu     {stalls(group.cpu)}
+           memory  {stalls(group.memory)}
+           io      {stalls(group.io)}
+image      {row.image}
+image_ref  {container.image_ref}
+labels     {", ".join(f"{key}={value}" for key, value in sorted(container.labels.items()))}
+'''
+
+
+def container_lines(live: Live) -> Lines:
+    """All about the container under the cursor and its pod."""
+    chosen = live.rows[live.at['']].id if live.rows else None
+    row = next((TableRow(live, pod, container) for pod in live.metrics.pod_metrics
+                for container in pod.container_metrics if container.id == chosen), None)
+    if not row:
+        return ['No such container.']
+    return [
+        *map(printable, container_facts(live, row).splitlines()), '',
+        *grid(live, 'INTERFACE=name RX/s=counters.rx_bytes/s TX/s=counters.tx_bytes/s', row.pod.network_interfaces,
+              row.old_pod.network_interfaces),
+        *grid(live, 'DEVICE=device READ/s=rbytes/s WRITE/s=wbytes/s READS/s=rios/s WRITES/s=wios/s',
+              row.container.cgroup.io.stat, row.old.cgroup.io.stat),
+        *grid(live, 'STORAGE=kind NAME=name BYTES=bytes INODES=inodes', row.pod.ephemeral_storage.usages),
+        *grid(live, 'VOLUME=name USED=usage.used SIZE=usage.total USE=usage.used_percent% STUCK=usage.stuck '
+              'ERROR=usage.error PLUGIN=plugin', row.pod.volumes)]
+
+
+def process_lines(live: Live) -> Lines:
+    return grid(live, 'PID=pid MEMORY=memory NAME=name', live.node.processes_mem_info)
+
+
+def disk_lines(live: Live) -> Lines:
+    node, old = live.node, live.old_node
+    return [
+        rates_line(live), '',
+        *grid(live, 'DISK=device READS/s=read_ios/s WRITES/s=write_ios/s READ/s=read_sectors/s WRITE/s=write_sectors/s '
+              'BUSY=io_ticks/s% IN-FLIGHT=in_flight NUMBER=device_number', node.diskstats, old.diskstats),
+        *grid(live, 'FILE-SYSTEM=mountpoint SIZE=total USED=used USE=used_percent% '
+              'INODES=inodes FREE=inodes_free:inodes% STUCK=stuck ERROR=error TYPE=fstype', node.disk_usages),
+        *grid(live, 'INTERFACE=name RX/s=counters.rx_bytes/s TX/s=counters.tx_bytes/s STATE=operstate',
+              node.network_interfaces, old.network_interfaces)]
+
+
+def failure_lines(live: Live) -> Lines:
+    return [printable(f'{subject}: {reason}') for subject, reason in sorted(live.failures.items())]
+
+
+def help_lines(live: Live) -> Lines:
+    return [text for text, *_ in KEYS]
+
+
+# By the key that opens and closes it, a page's title and lines.
+PAGES = {'Enter': ('container', container_lines), 'p': ('largest processes', process_lines),
+         'd': ('disks, file systems, interfaces', disk_lines), 't': ('in trouble', failure_lines),
+         '?': ('keys', help_lines)}
+
+
+def page_lines(live: Live) -> Lines:
+    """As much of the page as there is room for. What is too wide goes on in the next line."""
+    title, lines_of = PAGES[live.page]
+    lines = []
+    for line in lines_of(live) or ['none']:
+        step = live.width if line.isascii() else max(1, live.width // 2)
+        lines += [line[at:at + step] for at in range(0, len(line), step)] or ['']
+    live.room = max(1, live.height - 2)
+    live.last = max(0, len(lines) - live.room)
+    first = live.at[live.page] = min(live.at[live.page], live.last)
+    shown = f'{title}, lines {first + 1} to {min(first + live.room, len(lines))} of {len(lines)}   Esc closes'
+    return [title_line(live), paint(shown, BOLD, live), *lines[first:first + live.room]]
 
 
 def draw(live: Live) -> None:
-    """A screen full: each line clears what was behind it, so that nothing flickers."""
-    if live.metrics:
-        width, height = shutil.get_terminal_size()
-        live.view = live.view._replace(width=max(40, width), height=max(8, height))
-        text = render_view(live.previous, live.metrics, live.view).replace('\n', CLEAR_LINE + '\r\n')
-        sys.stdout.write(HOME + text + CLEAR_LINE + CLEAR_BELOW)
-        sys.stdout.flush()
+    """A screen full, each line over the one before it, so that nothing flickers."""
+    live.width, live.height = shutil.get_terminal_size()
+    lines = (page_lines(live) if live.page else list_lines(live))[:live.height]
+    lines += [''] * (live.height - len(lines))
+    text = '\r\n'.join(CLEAR_LINE + clip(line, live.width) for line in lines)
+    write_screen(HOME + (text if live.utf8 else text.encode('ascii', 'replace').decode()))
+
+
+def move(live: Live, step: float) -> None:
+    """The cursor through the list, or a page."""
+    at = live.at[live.page] = max(0, min(live.at[live.page] + step, live.last))
+    if not live.page:
+        live.chosen = live.rows[at].id if at else ''
+
+
+def move_screens(live: Live, step: int) -> None:
+    move(live, step * live.room)
+
+
+def choose(live: Live, field: str, value: Any) -> None:
+    """Another list, from its top."""
+    setattr(live, field, value)
+    live.at[''], live.chosen, live.page = 0, '', ''
+
+
+def choose_next(live: Live, field: str, step: int) -> None:
+    namespaces = {pod.namespace for pod in live.metrics.pod_metrics}
+    choices, current = list(ORDERS) if field == 'order' else ['', *sorted(namespaces)], getattr(live, field)
+    index = choices.index(current) if current in choices else -1
+    choose(live, field, choices[(index + step) % len(choices)])
+
+
+def open_page(live: Live, page: str) -> None:
+    """Or close it, where it is open."""
+    live.at[page], live.page = 0, '' if page == live.page else page
+
+
+def close(live: Live) -> None:
+    """The page; without one, the filter."""
+    if live.page:
+        live.page = ''
+    else:
+        choose(live, 'search', '')
+
+
+def toggle(live: Live, field: str) -> None:
+    setattr(live, field, not getattr(live, field))
+
+
+# Names of keys, in ten columns; what they do; and the function that does it, with its arguments.
+KEYS: Sequence[Tuple[Any, ...]] = (
+    ('Up k       a row up', move, -1),
+    ('Down j     a row down', move, 1),
+    ('PgUp       a screen up', move_screens, -1),
+    ('PgDn       a screen down', move_screens, 1),
+    ('Home g     to the first row', move, -math.inf),
+    ('End G      to the last row', move, math.inf),
+    ('Enter      all about the container under the cursor, and back', open_page, 'Enter'),
+    ('/          filter by namespace, pod, container and image: Enter keeps it, Esc clears it', choose, 'typing', True),
+    ('n          next namespace', choose_next, 'namespace', 1),
+    ('N          previous namespace', choose_next, 'namespace', -1),
+    (f's >        next order: {", ".join(ORDERS)}', choose_next, 'order', 1),
+    ('S <        previous order', choose_next, 'order', -1),
+    ('c          by CPU', choose, 'order', 'cpu'),
+    ('m          by memory', choose, 'order', 'memory'),
+    ('r          by restarts', choose, 'order', 'restarts'),
+    ('p          the largest processes', open_page, 'p'),
+    ('d          disks, file systems and interfaces', open_page, 'd'),
+    ('t          what the agent could not read, and why', open_page, 't'),
+    ('?          this page', open_page, '?'),
+    ('Esc        back to the list; in the list, without the filter', close),
+    ('Space      pause: the screen stands, snapshots go on', toggle, 'paused'),
+    ('q          quit, as Ctrl-C; Ctrl-Z suspends', toggle, 'ended'),
+)
 
 
 def press_key(live: Live, key: str) -> None:
-    """c, m and r sort; n shows all namespaces, then one after the other."""
-    if key in ORDERS:
-        live.view = live.view._replace(sort=key)
-    if key == 'n' and live.metrics:
-        choices = ['', *sorted({pod.namespace for pod in live.metrics.pod_metrics})]
-        current = choices.index(live.view.namespace) if live.view.namespace in choices else -1
-        live.view = live.view._replace(namespace=choices[(current + 1) % len(choices)])
+    edits = {'Enter': live.search, 'Esc': '', 'Backspace': live.search[:-1], 'Space': live.search + ' '}
+    if live.typing and (key in edits or len(key) == 1):
+        live.typing = key not in ('Enter', 'Esc')
+        choose(live, 'search', edits.get(key, live.search + key))
+        return
+    for text, press, *arguments in KEYS:
+        if key in text[:10].split():
+            press(live, *arguments)
 
 
 def read_keys(live: Live) -> bool:
-    """Do what was typed; whether it was q. A terminal that has gone types no more."""
+    """Do what was typed; whether that is the end, as it is where the terminal has gone."""
+    keyboard, typed = live.keyboard[0], b''
+    with contextlib.suppress(OSError):
+        typed = os.read(keyboard, 1024)
+        if BEGUN_KEY.search(typed) and select.select([keyboard], [], [], ESCAPE_SECONDS)[0]:
+            typed += os.read(keyboard, 1024)
+    for match in KEY.finditer(typed.decode(errors='ignore')):
+        press_key(live, KEY_NAMES.get(match[0].replace('\x1bO', '\x1b['), match[0]))
+    return live.ended or not typed
+
+
+def write_screen(text: str) -> None:
+    """A terminal that has gone (EIO) is a reader that has gone."""
     try:
-        keys = os.read(live.keyboard[0], 64).decode(errors='replace')
-    except OSError:
-        keys = ''
-    if not keys:
-        live.keyboard.clear()
-    for key in keys:
-        press_key(live, key)
-    return 'q' in keys
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError as error:
+        raise BrokenPipeError from error
+
+
+def enter_screen(live: Live) -> None:
+    """Switch the terminal to unbuffered input without echo and to the alternate screen."""
+    import termios
+    import tty
+    for keyboard in live.keyboard:
+        live.settings = termios.tcgetattr(keyboard)
+        tty.setcbreak(keyboard)
+    write_screen(ENTER_SCREEN)
+
+
+def leave_screen(live: Live) -> None:
+    import termios
+    for keyboard in live.keyboard:
+        with contextlib.suppress(termios.error):
+            termios.tcsetattr(keyboard, termios.TCSADRAIN, live.settings)
+    write_screen(PLAIN + LEAVE_SCREEN)
+
+
+def suspend(live: Live) -> None:
+    """Ctrl-Z: the shell gets the terminal as it was, and `fg` brings the view back."""
+    leave_screen(live)
+    os.kill(os.getpid(), signal.SIGSTOP)
+    enter_screen(live)
 
 
 @contextlib.contextmanager
 def live_screen(live: Live) -> Iterator[None]:
-    """Switch the terminal to unbuffered input without echo and to the alternate screen; always restore it on exit."""
-    import termios
-    import tty
-    keyboard = next(iter(live.keyboard), None)
-    settings = termios.tcgetattr(keyboard) if keyboard is not None else None
-    # A suspended agent would leave its screen behind.
-    suspend = signal.signal(signal.SIGTSTP, signal.SIG_IGN)
+    """Whatever ends the view, the terminal is as it was, and what is in trouble is on stderr."""
+    enter_screen(live)
     try:
-        if keyboard is not None:
-            tty.setcbreak(keyboard)
-        sys.stdout.write(ENTER_SCREEN)
         yield
     finally:
+        leave_screen(live)
         with contextlib.suppress(OSError):
-            sys.stdout.write(PLAIN + LEAVE_SCREEN)
-            sys.stdout.flush()
-        if keyboard is not None:
-            termios.tcsetattr(keyboard, termios.TCSADRAIN, settings)
-        signal.signal(signal.SIGTSTP, suspend)
+            for line in failure_lines(live):
+                print(f'kubensage-agent: {line}', file=sys.stderr)
 
 
 # --- Prometheus
@@ -4967,7 +5808,6 @@ CGROUP_SAMPLES = (
     ('container_memory_kernel_usage', 'Kernel memory, in bytes.', 'memory.stat.kernel'),
     ('container_memory_swap', 'Swap in use, in bytes.', 'memory.swap.current'),
     ('container_spec_memory_limit_bytes', 'Memory limit.', 'memory.max'),
-    ('container_oom_events_total', 'OOM kills.', 'memory.events.oom_kill'),
     ('container_processes', 'Processes.', 'cgroup.procs'),
     ('container_threads', 'Processes and threads.', 'pids.current'),
     ('container_threads_max', 'Processes and threads that may be.', 'pids.max'),
@@ -4978,8 +5818,27 @@ CGROUP_SAMPLES = (
 # Also of a container whose numbers came from the runtime.
 CONTAINER_SAMPLES = (
     ('container_start_time_seconds', 'When it was started, in Unix seconds.', 'status.started_at_ns', 1_000_000_000),
-    ('kubensage_container_restarts', "Restarts, as the kubelet counts them.", 'restart_count'),
     ('kubensage_container_exit_code', 'Exit code of a container that has exited.', 'status.exit_code'),
+)
+# By container name, without the labels that a restart changes, so that the series continues.
+NAME_SAMPLES = (
+    ('kubensage_container_restarts', 'Restarts, as the kubelet counts them.', 'restart_count'),
+    ('kubensage_container_last_oom_timestamp_seconds', 'When the last OOM kill was seen, in Unix seconds.',
+     'last_oom_kill_ns', 1_000_000_000),
+    ('kubensage_container_last_exit_code', 'Exit code of the last one that has exited.', 'last_exit.exit_code'),
+    ('kubensage_container_last_exit_timestamp_seconds', 'When it exited, in Unix seconds.', 'last_exit.finished_at_ns',
+     1_000_000_000),
+)
+STORAGE_SAMPLES = (
+    ('kubensage_pod_ephemeral_storage_bytes', 'Ephemeral storage of the pod, by kind; memory takes no disk.', 'bytes'),
+    ('kubensage_pod_ephemeral_storage_inodes', 'Inodes of the ephemeral storage of the pod, by kind.', 'inodes'),
+)
+VOLUME_SAMPLES = (
+    ('kubensage_pod_volume_size_bytes', 'Size of the file system of a mounted volume.', 'usage.total'),
+    ('kubensage_pod_volume_used_bytes', 'Bytes in use.', 'usage.used'),
+    ('kubensage_pod_volume_available_bytes', 'Bytes that unprivileged users may still use.', 'usage.free'),
+    ('kubensage_pod_volume_inodes', 'Inodes.', 'usage.inodes'),
+    ('kubensage_pod_volume_inodes_free', 'Free inodes.', 'usage.inodes_free'),
 )
 # Of the writable layer, and of the file system that has it.
 LAYER_SAMPLES = (('container_fs_usage_bytes', 'Bytes that the writable layer takes.', 'used_bytes.value'),)
@@ -5216,16 +6075,22 @@ def present_pods(pods: Sequence[wire.PodMetrics]) -> List[wire.PodMetrics]:
 
 
 class Labelled(NamedTuple):
-    """What /metrics/cadvisor shows, each with cAdvisor's labels: a container has all of them, a pod no name and no
-    image, any other group an id alone. A layer comes with the file system that has it."""
+    """What /metrics/cadvisor shows, each with cAdvisor's labels: a container has all of them, or those alone that
+    outlive it, a pod no name and no image, a service an id alone, as the node. A layer comes with the file system that
+    has it."""
     pods: List[Tuple[str, wire.PodMetrics]]
     containers: List[Tuple[str, wire.ContainerMetrics]]
+    names: List[Tuple[str, wire.ContainerMetrics]]
+    services: List[Tuple[str, wire.CgroupMetrics]]
     cgroups: List[Tuple[str, wire.CgroupMetrics]]
     layers: List[Tuple[str, wire.DiskUsage, wire.FileSystemMetrics]]
 
 
 def labelled(metrics: wire.Metrics) -> Labelled:
-    node, (pods, containers, cgroups, layers) = metrics.node_metrics, ([], [], [], [])
+    node, (pods, containers, names, cgroups, layers) = metrics.node_metrics, ([], [], [], [], [])
+    services = [(label_text({'id': f'/{service.cgroup.path}'}), service.cgroup) for service in node.services]
+    if node.HasField('cgroup'):
+        services.append(('id="/"', node.cgroup))
     for pod in present_pods(metrics.pod_metrics):
         of_pod = {'namespace': pod.namespace, 'pod': pod.name}
         pods.append((label_text(of_pod), pod))
@@ -5236,21 +6101,21 @@ def labelled(metrics: wire.Metrics) -> Labelled:
             labels = label_text({'container': container.name, 'id': cgroup.path and f'/{cgroup.path}', 'image': image,
                                  'name': container.id, **of_pod})
             containers.append((labels, container))
+            names.append((label_text({'container': container.name, **of_pod}), container))
             cgroups.append((labels, cgroup))
             layer = container.file_system_metrics
             disk = holder(node, layer.mountpoint) if layer.mountpoint else None
             if disk:
                 layers.append((label_text({'device': disk.device}, labels), disk, layer))
-    cgroups += [(label_text({'id': f'/{service.cgroup.path}'}), service.cgroup) for service in node.services]
-    if node.HasField('cgroup'):
-        cgroups.append(('id="/"', node.cgroup))
-    return Labelled(pods, containers, cgroups, layers)
+    return Labelled(pods, containers, names, services, cgroups + services, layers)
 
 
 def container_families(metrics: wire.Metrics) -> List[Family]:
     """Of the containers, the pods, the other groups, and the machine."""
-    node, (pods, containers, cgroups, layers) = metrics.node_metrics, labelled(metrics)
+    node, (pods, containers, names, services, cgroups, layers) = metrics.node_metrics, labelled(metrics)
     disks = {disk.device_number: f'/dev/{disk.device}' for disk in node.diskstats if disk.device_number}
+    volumes = [(label_text({'name': volume.name, 'plugin': volume.plugin}, labels), volume)
+               for labels, pod in pods for volume in pod.volumes]
     return [
         one('machine_cpu_cores', 'Logical CPUs.', len(node.cpu_infos)),
         *families_of((('machine_memory_bytes', 'Memory of the node.', 'total_memory'),), [('', node)]),
@@ -5276,6 +6141,20 @@ def container_families(metrics: wire.Metrics) -> List[Family]:
             (labels, cgroup.cpu.shares if cgroup.cpu.HasField('shares') else shares_of(cgroup.cpu.weight))
             for labels, cgroup in cgroups if cgroup.cpu.HasField('shares') or cgroup.cpu.HasField('weight')]),
         *families_of(CGROUP_SAMPLES, cgroups),
+        Family('container_oom_events_total', 'OOM kills.', [
+            (labels, container.oom_kills) for labels, container in names if container.HasField('oom_kills')] + [
+            (labels, count) for labels, cgroup in services for count in [oom_kills_of(cgroup)] if count is not None]),
+        *families_of(NAME_SAMPLES, names),
+        Family('kubensage_container_last_exit_info', 'Why the last one exited.', [
+            (label_text({'reason': container.last_exit.reason}, labels), 1)
+            for labels, container in names if container.HasField('last_exit')]),
+        *families_of(STORAGE_SAMPLES, [
+            (label_text({'kind': usage.kind, 'name': usage.name}, labels), usage)
+            for labels, pod in pods for usage in pod.ephemeral_storage.usages]),
+        *families_of(VOLUME_SAMPLES, volumes),
+        Family('kubensage_pod_volume_inodes_used', 'Inodes in use.', [
+            (labels, volume.usage.inodes - volume.usage.inodes_free) for labels, volume in volumes
+            if volume.usage.HasField('inodes') and volume.usage.HasField('inodes_free')]),
         Family('container_last_seen', 'When it was read, in Unix seconds.', [
             (labels, cgroup.timestamp_ns / 1e9) for labels, cgroup in cgroups if cgroup.timestamp_ns]),
         *families_of(CONTAINER_SAMPLES, containers),
@@ -5498,8 +6377,10 @@ def http_server(published: Published) -> Any:
             self.send_header('Content-Type', content_type)
             self.send_header('Content-Length', str(sum(map(len, body))))
             self.end_headers()
-            for part in body:
+            for part in body if self.command == 'GET' else ():
                 self.wfile.write(part)
+
+        do_HEAD = do_GET
 
         def log_message(self, *arguments: Any) -> None:
             log.debug('http: %s', arguments[0] % arguments[1:])
@@ -5692,7 +6573,7 @@ def number_from(lowest: float, what: str, convert: Callable[[str], float] = int)
             number = convert(text)
         except ValueError:
             number = math.nan
-        if not lowest <= number < 1e9:
+        if not lowest <= number < 2**32:
             raise argparse.ArgumentTypeError(f'{text!r} is not {what}')
         return number
 
@@ -5716,62 +6597,143 @@ def argument_address(text: str) -> str:
     return text
 
 
+def argument_socket(text: str) -> str:
+    """A path, or a URL of the scheme unix."""
+    path = re.sub('^unix:(//)?', '', text)
+    if re.match(r'\w+:', path):
+        raise argparse.ArgumentTypeError(f'{text!r} is not PATH or unix:///PATH')
+    return path
+
+
+def argument_listen(text: str) -> str:
+    """An address to listen at: of the whole machine, where there is none before the port."""
+    try:
+        return argument_address(re.sub(r'^:?(?=\d+$)', '0.0.0.0:', text))
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(
+            f'{text!r} is not [ADDRESS:]PORT (9551, 127.0.0.1:9551, [::1]:9551)') from None
+
+
 BOOLEAN: Dict[str, Any] = {'type': argument_boolean, 'nargs': '?', 'const': True, 'metavar': 'true|false'}
 MEGABYTES: Dict[str, Any] = {'type': number_from(0.001, 'a number of megabytes, above 0', float), 'metavar': 'MB'}
 
 # Each flag may also come from the environment: --relay-address as KUBENSAGE_RELAY_ADDRESS.
-FLAGS: Dict[str, Dict[str, Any]] = {
-    '--relay-address': dict(type=argument_address, metavar='HOST:PORT', help='deliver the snapshots to this relay'),
-    '--main-loop-duration': dict(
-        type=number_from(0.1, 'a number of seconds, 0.1 or more', float), default=5, metavar='SECONDS',
-        help='time from one snapshot to the next; 2 by default in the live view'),
-    '--buffer-retention': dict(type=number_from(0.01, 'a number of minutes, above 0', float), default=10,
-                               metavar='MINUTES', help='how long to keep a snapshot while the relay is unreachable'),
-    '--buffer-max-size': dict(MEGABYTES, default=64, help='memory that waiting snapshots may take, compressed'),
-    '--spool-dir': dict(metavar='DIR', help='keep waiting snapshots there, so that they survive the agent'),
-    '--spool-max-size': dict(MEGABYTES, default=512, help='disk space that waiting snapshots may take'),
-    '--relay-tls': dict(BOOLEAN, default=False, help="speak TLS to the relay, trusting the system's roots"),
-    '--relay-ca': dict(metavar='FILE', help='speak TLS to the relay, trusting these certificates alone (PEM)'),
-    '--relay-cert': dict(metavar='FILE', help="the agent's own certificate, with --relay-key (PEM)"),
-    '--relay-key': dict(metavar='FILE', help='the key of --relay-cert (PEM)'),
-    '--relay-server-name': dict(metavar='NAME', help="the name in the relay's certificate, where it is not HOST"),
-    '--relay-token-file': dict(metavar='FILE',
-                               help='send the token in this file as `authorization: Bearer`; requires TLS'),
-    '--top-n': dict(type=number_from(0, 'a whole number, 0 or more'), default=10, metavar='N',
-                    help='how many of the largest processes to list'),
-    '--once': dict(BOOLEAN, default=False, help='take one snapshot, deliver or show it, and exit'),
-    '--output': dict(
-        choices=('table', 'json', 'prometheus'),
-        help='how to write snapshots to stdout; by default, without a relay and --listen, the live view on a terminal, '
-             'otherwise a line of JSON for each'),
-    '--listen': dict(type=argument_address, metavar='ADDRESS:PORT',
-                     help='serve /metrics for Prometheus, and /healthz, there'),
-    '--print-unit': dict(BOOLEAN, default=False, help='print a systemd unit for this command line, and exit'),
-    '--print-daemonset': dict(BOOLEAN, default=False,
-                              help='print a Kubernetes manifest for this command line, and exit'),
-    '--container-stats': dict(choices=('cgroup', 'cri'), default='cgroup',
-                              help="where the containers' CPU, memory and swap come from; with cri no cgroup and no "
-                                   'network of a pod is read'),
-    '--fs-stats-interval': dict(
-        type=number_from(1, 'a number of seconds, 1 or more', float), default=60, metavar='SECONDS',
-        help='how often to ask the runtime for the sizes of images and writable layers'),
-    '--cri-socket': dict(metavar='PATH', help="the container runtime's socket; auto-detected by default"),
-    '--cri-socket-uid': dict(type=number_from(0, 'the number of a user'), default=0, metavar='UID',
-                             help="whose runtime to believe beside root's and one's own"),
-    '--procfs': dict(default='/proc', metavar='DIR', help="where the node's /proc is mounted"),
-    '--sysfs': dict(default='/sys', metavar='DIR', help="where the node's /sys is mounted"),
-    '--rootfs': dict(default='/', metavar='DIR', help="where the node's / is mounted"),
-    '--log-level': dict(choices=('debug', 'info', 'warning', 'error'), default='info',
-                        help='the least severe level to log'),
-    '--log-file': dict(metavar='PATH',
-                       help=f'log there as well as to stderr; with a relay {DEFAULT_LOG_FILE} by default'),
-    '--log-max-size': dict(MEGABYTES, default=10, help='size at which the log file is rotated'),
-    '--log-max-backups': dict(type=number_from(0, 'a whole number, 0 or more'), default=5, metavar='N',
-                              help='rotated log files to keep; 0 keeps all'),
-    '--log-max-age': dict(type=number_from(0, 'a number of days, 0 or more', float), default=30, metavar='DAYS',
-                          help='age at which rotated log files are removed; 0 keeps them'),
-    '--log-compress': dict(BOOLEAN, default=True, help='compress rotated log files'),
+PREFIX = 'KUBENSAGE_'
+FLAG_GROUPS: Dict[str, Dict[str, Dict[str, Any]]] = {
+    'what it does': {
+        '--once': dict(BOOLEAN, default=False, help='take one snapshot, deliver or show it, and exit'),
+        '--output': dict(
+            choices=('table', 'json', 'prometheus'),
+            help='how to write snapshots to stdout; by default, without a relay and --listen, the live view on a '
+                 'terminal, otherwise a line of JSON for each'),
+        '--listen': dict(type=argument_listen, metavar='[ADDRESS:]PORT',
+                         help='serve /metrics and /metrics/cadvisor for Prometheus, and /healthz, there'),
+        '--receive': dict(type=argument_listen, metavar='[ADDRESS:]PORT',
+                          help='be a relay to try: acknowledge what agents send there, show it, count what is missing '
+                               'or came twice, and store nothing'),
+        '--print-unit': dict(BOOLEAN, default=False, help='print a systemd unit for this command line, and exit'),
+        '--print-daemonset': dict(BOOLEAN, default=False,
+                                  help='print a Kubernetes manifest for this command line, and exit'),
+    },
+    'the relay': {
+        '--relay-address': dict(type=argument_address, metavar='HOST:PORT', help='deliver the snapshots to this relay'),
+        '--relay-tls': dict(BOOLEAN, default=False, help="speak TLS to the relay, trusting the system's roots"),
+        '--relay-ca': dict(metavar='FILE', help='speak TLS to the relay, trusting these certificates alone (PEM)'),
+        '--relay-cert': dict(metavar='FILE', help="the agent's own certificate, with --relay-key (PEM)"),
+        '--relay-key': dict(metavar='FILE', help='the key of --relay-cert (PEM)'),
+        '--relay-server-name': dict(metavar='NAME', help="the name in the relay's certificate, where it is not HOST"),
+        '--relay-token-file': dict(metavar='FILE',
+                                   help='send the token in this file as `authorization: Bearer`; requires TLS'),
+    },
+    'snapshots that wait for the relay': {
+        '--buffer-retention': dict(
+            type=number_from(0.01, 'a number of minutes, above 0', float), default=10, metavar='MINUTES',
+            help='how long to keep a snapshot while the relay is unreachable'),
+        '--buffer-max-size': dict(MEGABYTES, default=64, help='memory that waiting snapshots may take, compressed'),
+        '--spool-dir': dict(metavar='DIR', help='keep waiting snapshots there, so that they survive the agent'),
+        '--spool-max-size': dict(MEGABYTES, default=512, help='disk space that waiting snapshots may take'),
+    },
+    'what it reads, and when': {
+        '--main-loop-duration': dict(
+            type=number_from(0.1, 'a number of seconds, 0.1 or more', float), default=5, metavar='SECONDS',
+            help='time from one snapshot to the next; 2 by default in the live view'),
+        '--top-n': dict(type=number_from(0, 'a whole number, 0 or more'), default=10, metavar='N',
+                        help='how many of the largest processes to list'),
+        '--container-stats': dict(choices=('cgroup', 'cri'), default='cgroup',
+                                  help="where the containers' CPU, memory and swap come from; with cri no cgroup and "
+                                       'no network of a pod is read'),
+        '--fs-stats-interval': dict(
+            type=number_from(1, 'a number of seconds, 1 or more', float), default=60, metavar='SECONDS',
+            help='how often to ask the runtime for the sizes of images and writable layers'),
+        '--volume-stats-interval': dict(
+            type=number_from(0, 'a number of seconds, 0 or more', float), default=60, metavar='SECONDS',
+            help="how often to measure the pods' logs and emptyDir volumes; 0 never does"),
+    },
+    'where the node is': {
+        '--cri-socket': dict(type=argument_socket, metavar='PATH',
+                             help="the container runtime's socket; auto-detected by default"),
+        '--cri-socket-uid': dict(type=number_from(0, 'the number of a user'), default=0, metavar='UID',
+                                 help="trust also a runtime that runs as this user; root's and one's own always are"),
+        '--kubelet-root': dict(metavar='DIR', help="the kubelet's --root-dir; auto-detected by default"),
+        '--procfs': dict(default='/proc', metavar='DIR', help="where the node's /proc is mounted"),
+        '--sysfs': dict(default='/sys', metavar='DIR', help="where the node's /sys is mounted"),
+        '--rootfs': dict(default='/', metavar='DIR', help="where the node's / is mounted"),
+    },
+    'its log': {
+        '--log-level': dict(choices=('debug', 'info', 'warning', 'error'), default='info',
+                            help='the least severe level to log'),
+        '--log-file': dict(metavar='PATH',
+                           help=f'log there as well as to stderr; with a relay {DEFAULT_LOG_FILE} by default'),
+        '--log-max-size': dict(MEGABYTES, default=10, help='size at which the log file is rotated'),
+        '--log-max-backups': dict(type=number_from(0, 'a whole number, 0 or more'), default=5, metavar='N',
+                                  help='rotated log files to keep; 0 keeps all'),
+        '--log-max-age': dict(type=number_from(0, 'a number of days, 0 or more', float), default=30, metavar='DAYS',
+                              help='age at which rotated log files are removed; 0 keeps them'),
+        '--log-compress': dict(BOOLEAN, default=True, help='compress rotated log files'),
+    },
 }
+FLAGS = {flag: settings for group in FLAG_GROUPS.values() for flag, settings in group.items()}
+# A flag of the first group has an effect only with one of the second.
+NEEDS = (
+    (('--buffer-retention', '--buffer-max-size', '--spool-dir', '--spool-max-size', '--relay-tls', '--relay-ca',
+      '--relay-cert', '--relay-key', '--relay-server-name', '--relay-token-file'), ('--relay-address',)),
+    # What is printed has a spool of its own.
+    (('--spool-max-size',), ('--spool-dir', '--print-unit', '--print-daemonset')),
+    (('--log-max-size', '--log-max-backups', '--log-max-age', '--log-compress'), ('--log-file', '--relay-address')),
+    (('--print-unit',), ('--relay-address', '--listen')),
+)
+# What has no effect beside a flag. A manifest has paths of its own.
+EXCLUDES = {
+    '--once': ('--listen', '--volume-stats-interval', '--print-unit', '--print-daemonset'),
+    '--print-unit': ('--output', '--print-daemonset'),
+    '--print-daemonset': ('--output', '--spool-dir', '--log-file', '--procfs', '--sysfs', '--rootfs'),
+    '--receive': tuple(FLAGS.keys() - {'--receive', '--output'} - FLAG_GROUPS['its log'].keys()),
+}
+EXAMPLES = '''\
+examples:
+  kubensage-agent                                    look at this node, live
+  kubensage-agent --once --output json               one snapshot, for a script
+  kubensage-agent --listen 9551                      serve it to Prometheus
+  kubensage-agent --receive 50051                    see what agents send
+  kubensage-agent --relay-address relay:50051        deliver, until it is stopped
+
+exit codes:
+  0    done, or stopped by SIGTERM
+  1    not done: the last line says why
+  2    the command line is wrong
+  70   a cycle did not end
+  130  Ctrl-C
+  141  the reader of its output has gone
+
+Every flag can also come from the environment: KUBENSAGE_RELAY_ADDRESS for --relay-address.
+The command line wins.
+'''
+
+
+# https://kubernetes.io/docs/concepts/services-networking/service/#environment-variables
+SERVICE_VARIABLE = re.compile(r'_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?)$')
+# How alike a misspelt name and the one that was meant are at least, for difflib.
+NEAR = 0.85
 
 
 def fail_usage(source: str, message: str) -> None:
@@ -5779,36 +6741,71 @@ def fail_usage(source: str, message: str) -> None:
     unknown = re.match(r'unrecognized arguments: (\S+)', message)
     if unknown:
         import difflib
-        near = difflib.get_close_matches(unknown.group(1).partition('=')[0], [*FLAGS, '--version', '--help'], 1)
+        near = difflib.get_close_matches(unknown.group(1).partition('=')[0], [*FLAGS, '--version'], 1, NEAR)
         hint = f'did you mean {near[0]}?' if near else '--help lists them all'
         message = f'unknown argument {unknown.group(1)}; {hint}'
     message = re.sub(r'^argument (--\S+): ', source or r'\1: ', message)
-    sys.stderr.write(f'kubensage-agent: {message}\n')
+    if sys.stderr:
+        sys.stderr.write(f'kubensage-agent: {message}\n')
     raise SystemExit(2)
 
 
 def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog='kubensage-agent', allow_abbrev=False,
-        description='Reads this Kubernetes node, its pods and containers, and delivers a snapshot every few seconds '
-                    'to a relay; or, without a relay, shows it.',
-        epilog='Every flag can also come from the environment: KUBENSAGE_RELAY_ADDRESS for --relay-address. The '
-               'command line wins.')
-    for flag, settings in FLAGS.items():
-        default = settings.get('default')
-        shown = '' if default in (None, False) else f' (default: {str(default).lower()})'
-        parser.add_argument(flag, **{**settings, 'help': settings['help'] + shown})
-    parser.add_argument('--version', action='version', version=f'kubensage-agent {__version__}')
+        prog='kubensage-agent', allow_abbrev=False, usage='%(prog)s [FLAG ...]', epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description='Reads this Kubernetes node, its pods and containers every few seconds, and shows what it has\n'
+                    'read, serves it to Prometheus, or delivers it to a relay.')
+    parser.add_argument('-V', '--version', action='version', version=f'kubensage-agent {__version__}')
+    for title, flags in FLAG_GROUPS.items():
+        group = parser.add_argument_group(title)
+        for flag, settings in flags.items():
+            default = settings.get('default')
+            shown = '' if default in (None, False) else f' (default: {str(default).lower()})'
+            group.add_argument(flag, **{**settings, 'help': settings['help'] + shown})
     return parser
 
 
 def variable_of(flag: str) -> str:
-    return 'KUBENSAGE_' + flag[2:].upper().replace('-', '_')
+    return PREFIX + flag[2:].upper().replace('-', '_')
+
+
+def value_of(options: Options, flag: str) -> Any:
+    return getattr(options, flag[2:].replace('-', '_'))
+
+
+def trouble_with(options: Options, given: Iterable[str]) -> Optional[str]:
+    """What is wrong with the flags that were given, each by itself right."""
+    used = [flag for flag in given if value_of(options, flag) is not False]
+    for flags, needs in NEEDS:
+        idle = next((flag for flag in used if flag in flags), None)
+        if idle and not any(value_of(options, other) for other in needs):
+            return f'{idle} has no effect without {" or ".join(needs)}'
+    for flag, flags in EXCLUDES.items():
+        idle = next((other for other in used if other in flags), None)
+        if idle and flag in used:
+            return f'{idle} has no effect with {flag}'
+    for flag in ('--procfs', '--sysfs', '--rootfs', '--kubelet-root'):
+        path, above = value_of(options, flag), options.rootfs.rstrip('/') if flag == '--kubelet-root' else ''
+        # What is printed may be for another machine.
+        printed = options.print_unit or options.print_daemonset
+        if flag in given and not printed and not os.path.isdir(above + path):
+            return f'{flag} {path}: there is no such directory'
+    # Files to trust or to show mean TLS.
+    options.relay_tls = bool(options.relay_tls or options.relay_ca or options.relay_cert)
+    if bool(options.relay_cert) != bool(options.relay_key):
+        return '--relay-cert and --relay-key go together'
+    for flag in ('--relay-token-file', '--relay-server-name'):
+        if value_of(options, flag) and not options.relay_tls:
+            return f'{flag} needs TLS: --relay-tls, or --relay-ca FILE'
+    return None
 
 
 def choose_output(options: Options, given: Iterable[str], terminal: bool) -> None:
     """Where snapshots go without --output: to the relay or to Prometheus if there are any, otherwise to the live view
     on a terminal, otherwise to programs."""
+    if options.receive:
+        options.output = options.output or 'json'
     served = bool(options.relay_address or options.listen)
     options.live = terminal and not (served or options.once or options.output)
     if options.live and '--main-loop-duration' not in given:
@@ -5828,16 +6825,32 @@ def parse_options(arguments: Sequence[str], environment: Mapping[str, str],
         parser.parse_args([f'{flag}={environment[variable]}'], options)
     parser.error = functools.partial(fail_usage, '')
     options = parser.parse_args(arguments, options)
-    # Files to trust or to show mean TLS.
-    options.relay_tls = bool(options.relay_tls or options.relay_ca or options.relay_cert)
-    if bool(options.relay_cert) != bool(options.relay_key):
-        parser.error('--relay-cert and --relay-key go together')
-    for flag, value in (('--relay-token-file', options.relay_token_file),
-                        ('--relay-server-name', options.relay_server_name)):
-        if value and not options.relay_tls:
-            parser.error(f'{flag} needs TLS: --relay-tls, or --relay-ca FILE')
-    choose_output(options, [*present, *(argument.partition('=')[0] for argument in arguments)], terminal)
+    named = {argument.partition('=')[0] for argument in arguments}
+    # The command line wins, as with --once in the pod of a DaemonSet, whose environment has --listen.
+    idle = {other for flag in named & EXCLUDES.keys() if value_of(options, flag) for other in EXCLUDES[flag]} - named
+    for flag in idle.intersection(present):
+        setattr(options, flag[2:].replace('-', '_'), FLAGS[flag].get('default'))
+    options.given = [flag for flag in FLAGS if flag in named or flag in present and flag not in idle]
+    trouble = trouble_with(options, options.given)
+    if trouble:
+        parser.error(trouble)
+    choose_output(options, options.given, terminal)
     return options
+
+
+def unknown_variables(environment: Mapping[str, str]) -> List[str]:
+    """What is said of variables that look like the agent's, and are none. Kubernetes makes some for a Service called
+    kubensage-relay."""
+    import difflib
+    known_names = [variable_of(flag)[len(PREFIX):] for flag in FLAGS] + ['CACHE']
+    names = [name[len(PREFIX):] for name in sorted(environment) if name.startswith(PREFIX)]
+    warnings = []
+    for name in names:
+        if name not in known_names and not SERVICE_VARIABLE.search(name):
+            near = difflib.get_close_matches(name, known_names, 1, NEAR)
+            hint = f'; did you mean {PREFIX}{near[0]}?' if near else ''
+            warnings.append(f'{PREFIX}{name} is no variable of the agent{hint}')
+    return warnings
 
 
 # --- service
@@ -5904,6 +6917,8 @@ apiVersion: v1
 kind: Namespace
 metadata:
   name: kubensage
+  labels:
+    pod-security.kubernetes.io/enforce: privileged
 ---
 apiVersion: v1
 kind: ServiceAccount
@@ -5938,6 +6953,7 @@ spec:
     spec:
       serviceAccountName: kubensage-agent
       automountServiceAccountToken: false
+      enableServiceLinks: false
       hostNetwork: true
       hostPID: true
       dnsPolicy: ClusterFirstWithHostNet
@@ -5946,7 +6962,7 @@ spec:
         - operator: Exists
       containers:
         - name: agent
-          image: python:3-slim
+          image: python:3.14-slim
           # {archive} must be on each node.
           command: ["python3", "-I", "{archive}"]
           env:
@@ -5994,9 +7010,6 @@ spec:
               mountPath: /host/root
               readOnly: true
               mountPropagation: HostToContainer
-            - name: runtime
-              mountPath: {socket_directory}
-              readOnly: true
             - name: cache
               mountPath: {cache}
             - name: state
@@ -6015,10 +7028,6 @@ spec:
         - name: root
           hostPath:
             path: /
-        - name: runtime
-          hostPath:
-            path: {socket_directory}
-            type: Directory
         # Not an emptyDir: that is writable by all, and nothing is imported from such a place.
         - name: cache
           hostPath:
@@ -6030,15 +7039,16 @@ spec:
             type: DirectoryOrCreate
 '''
 # Flags that say what to do now, not how the service runs.
-ONE_SHOT_FLAGS = ('--print-unit', '--print-daemonset', '--once', '--output')
+ONE_SHOT_FLAGS = ('--print-unit', '--print-daemonset', '--output')
+# Where the unit has a directory of its own.
+PRIVATE_DIRECTORIES = ('/tmp/', '/var/tmp/')
 
 
-def given_flags(options: Options, arguments: Sequence[str]) -> Dict[str, str]:
-    """The flags on the command line, without those that say what to do now; files by their absolute paths."""
-    named = {argument.partition('=')[0] for argument in arguments} - set(ONE_SHOT_FLAGS)
+def given_flags(options: Options) -> Dict[str, str]:
+    """The flags that were given, without those that say what to do now; files by their absolute paths."""
     given = {}
-    for flag in sorted(named & FLAGS.keys()):
-        value = getattr(options, flag[2:].replace('-', '_'))
+    for flag in sorted({*options.given} - {*ONE_SHOT_FLAGS}):
+        value = value_of(options, flag)
         if FLAGS[flag].get('metavar') in ('DIR', 'FILE', 'PATH'):
             value = os.path.abspath(value)
         given[flag] = str(value).lower() if isinstance(value, bool) else re.sub(r'\.0$', '', str(value))
@@ -6051,9 +7061,9 @@ def systemd_quote(argument: str) -> str:
     return text if re.fullmatch(r'[^\s"\';]+', text) else f'"{text}"'
 
 
-def render_unit(options: Options, interpreter: str, program: str, arguments: Sequence[str]) -> str:
+def render_unit(options: Options, interpreter: str, program: str) -> str:
     """A unit that runs this program with these flags; the spool, which survives a restart, is on."""
-    flags = given_flags(options, arguments)
+    flags = given_flags(options)
     if options.relay_address:
         flags.setdefault('--spool-dir', STATE_DIRECTORY)
     writable = {flags.get('--spool-dir'), os.path.dirname(flags.get('--log-file', ''))} - {None, '', STATE_DIRECTORY}
@@ -6064,30 +7074,32 @@ def render_unit(options: Options, interpreter: str, program: str, arguments: Seq
                        watchdog_seconds=watchdog_seconds)
 
 
-def render_daemonset(options: Options, arguments: Sequence[str], socket_path: str) -> str:
-    """A manifest that runs the archive on every node, the flags given as environment variables."""
+def render_daemonset(options: Options) -> str:
+    """A manifest that runs the archive on every node, the flags given as environment variables. The runtime's socket is
+    found below the node's root."""
     listen = options.listen or DAEMONSET_LISTEN
-    flags = {**given_flags(options, arguments), '--listen': listen, '--procfs': '/host/proc', '--sysfs': '/host/sys',
-             '--rootfs': '/host/root', '--cri-socket': socket_path}
+    flags = {**given_flags(options), '--listen': listen, '--procfs': '/host/proc', '--sysfs': '/host/sys',
+             '--rootfs': '/host/root'}
+    if '--cri-socket' in flags:
+        flags['--cri-socket'] = '/host/root' + flags['--cri-socket']
     if options.relay_address:
-        flags['--spool-dir'] = STATE_DIRECTORY
+        flags.update({'--spool-dir': STATE_DIRECTORY, '--log-file': f'{STATE_DIRECTORY}/kubensage-agent.log'})
     environment = '\n'.join(f'            - name: {variable_of(flag)}\n              value: {json.dumps(value)}'
                             for flag, value in sorted(flags.items()))
     return DAEMONSET.format(
         version=__version__, port=listen.rpartition(':')[2], directory=DAEMONSET_DIRECTORY, cache=ROOT_CACHE,
-        archive=f'{DAEMONSET_DIRECTORY}/{ARCHIVE_NAME}', environment=environment,
-        socket_directory=os.path.dirname(socket_path))
+        archive=f'{DAEMONSET_DIRECTORY}/{ARCHIVE_NAME}', environment=environment)
 
 
-def print_service(options: Options, arguments: Sequence[str], roots: Roots) -> int:
-    if options.print_unit:
-        program = getattr(globals().get('__loader__'), 'archive', None) or __file__
-        text = render_unit(options, sys.executable, os.path.abspath(program), arguments)
+def print_service(options: Options) -> int:
+    program = os.path.abspath(getattr(globals().get('__loader__'), 'archive', None) or __file__)
+    if options.print_daemonset:
+        text = render_daemonset(options)
+    elif program.startswith(PRIVATE_DIRECTORIES):
+        fail_usage('', f'--print-unit: the unit does not see {program}: copy it to /usr/local/lib')
     else:
-        endpoints = collect_endpoints(options.cri_socket, Cycle(roots, 1, {}))[0]
-        present = [path for path in endpoints if read_socket_inode(path)]
-        text = render_daemonset(options, arguments, (present or (endpoints if options.cri_socket else CRI_SOCKETS))[0])
-    sys.stdout.write(text)
+        text = render_unit(options, sys.executable, program)
+    write_output(text)
     return 0
 
 
@@ -6109,8 +7121,8 @@ def status_line(metrics: wire.Metrics, backlog: Optional[Backlog], failures: Ite
 
 # --- main loop
 
-# Of the two samples of --once, from which rates are computed, the second begins so long after the first began, and at
-# least so long after the first ended.
+# --once takes two samples to compute rates: the second begins at least so long after the first began, and so long
+# after it ended.
 ONCE_INTERVAL_SECONDS, ONCE_PAUSE_SECONDS = 0.5, 0.3
 # Of a table that goes into a file.
 TABLE_WIDTH = 160
@@ -6119,11 +7131,6 @@ STUCK_INTERVALS, STUCK_SECONDS, STUCK_CHECKS, STUCK_STATUS = 10, 60, 10, 70
 # How many times faster than snapshots are taken the backlog is sent: a relay's queues keep up, and a fleet that comes
 # back at once asks for ten times its usual load.
 CATCH_UP_PACE = 10
-# malloc.h, glibc's.
-M_ARENA_MAX = -8
-# What the agent has beside grpc's: the sender, its stream, the watchdog, the server of --listen, two connections, the
-# statistics; and the helper with a question that waits.
-OWN_THREADS = 10
 
 
 class Sinks(NamedTuple):
@@ -6136,7 +7143,8 @@ class Sinks(NamedTuple):
 
 def install_signals(live: bool) -> int:
     """SIGTERM and SIGINT make the returned descriptor readable; the second of them ends the process at once, a live
-    view by way of its screen. SIGWINCH makes it readable as well: the terminal has another size."""
+    view by way of its screen, as does SIGHUP: its terminal has gone. SIGWINCH and SIGTSTP make it readable as well: the
+    terminal has another size, or is wanted by its shell."""
     readable, writable = os.pipe()
     os.set_blocking(writable, False)
     signal.set_wakeup_fd(writable)
@@ -6148,24 +7156,31 @@ def install_signals(live: bool) -> int:
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGWINCH, lambda number, frame: None)
+    if live:
+        signal.signal(signal.SIGHUP, on_signal)
+        signal.signal(signal.SIGTSTP, lambda number, frame: None)
     return readable
 
 
 def stopped_within(descriptor: int, until: float, live: Optional[Live] = None) -> bool:
     """Sleep until an instant of the monotonic clock, unless a signal to stop comes first or has come. The live view
-    meanwhile answers keys, and a new size of the terminal."""
+    meanwhile is drawn, and answers keys."""
     keyboard = live.keyboard if live else []
     while True:
+        if live:
+            draw(live)
         ready = select.select([descriptor, *keyboard], [], [], max(0, until - time.monotonic()))[0]
         if not ready:
             return False
-        if descriptor in ready and set(os.read(descriptor, 64)) & {signal.SIGTERM, signal.SIGINT}:
+        numbers = os.read(descriptor, 64) if descriptor in ready else b''
+        stopping = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP} & {*numbers}
+        if stopping:
+            log.info('stopping: %s', signal.Signals(max(stopping)).name)
             return True
-        if live is None:
-            continue
-        if ready[-1] in keyboard and read_keys(live):
+        if live and signal.SIGTSTP in numbers:
+            suspend(live)
+        if live and ready[-1] in keyboard and read_keys(live):
             return True
-        draw(live)
 
 
 def next_tick(start: float, interval: float, now: float) -> float:
@@ -6220,16 +7235,38 @@ def end_delivery(backlog: Backlog, sender: threading.Thread) -> None:
         log.warning('stopped: snapshots not acknowledged: %d%s', left, kept)
 
 
-def show(previous: Optional[wire.Metrics], metrics: wire.Metrics, output: str) -> None:
-    """To stdout, which may be closed (>&-)."""
+class OutputError(Exception):
+    """Why stdout takes nothing."""
+
+
+def write_output(text: str) -> None:
+    """To stdout, which may be closed (>&-). OutputError; BrokenPipeError where its reader has gone."""
     if not sys.stdout:
-        return
+        raise OutputError('stdout is closed')
+    try:
+        sys.stdout.write(text.rstrip('\n') + '\n')
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OutputError(f'stdout: {error.strerror}') from None
+
+
+def drop_output() -> None:
+    """What stdout has not taken: Python would complain of it once more, at exit."""
+    try:
+        if sys.stdout:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def show(previous: Optional[wire.Metrics], metrics: wire.Metrics, output: str) -> None:
     if output == 'table':
         text = render_view(previous, metrics, View(shutil.get_terminal_size((TABLE_WIDTH, 0)).columns))
     else:
         text = render_json(metrics) if output == 'json' else render_prometheus(metrics)
-    sys.stdout.write(text.rstrip('\n') + '\n')
-    sys.stdout.flush()
+    write_output(text)
 
 
 def hand_over(previous: Optional[wire.Metrics], metrics: wire.Metrics, sinks: Sinks) -> Failures:
@@ -6244,14 +7281,11 @@ def hand_over(previous: Optional[wire.Metrics], metrics: wire.Metrics, sinks: Si
         failures['listen'] = sinks.published.trouble
     try:
         if sinks.live:
-            sinks.live.previous, sinks.live.metrics = previous, metrics
-            draw(sinks.live)
+            take_snapshot(sinks.live, previous, metrics)
         if sinks.output:
             show(previous, metrics, sinks.output)
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        failures['output'] = error.strerror
+    except OutputError as error:
+        failures['output'] = str(error)
     return failures
 
 
@@ -6260,7 +7294,8 @@ def run_once(roots: Roots, options: Options) -> int:
     stats, state, began = AgentStats(), State(options.top_n), time.monotonic()
     first, _ = collect_snapshot(roots, options, state, stats)
     time.sleep(max(ONCE_PAUSE_SECONDS, began + ONCE_INTERVAL_SECONDS - time.monotonic()))
-    stats.sequence = 0
+    # The first one may have come before the sizes of layers were there.
+    stats.sequence, state.runtime.storage_due = 0, 0.0
     metrics, failures = collect_snapshot(roots, options, state, stats)
     log_changes({}, failures)
     if options.output:
@@ -6308,14 +7343,27 @@ def watch_cycles(stats: AgentStats, seconds: float, stopped: threading.Event) ->
             end_stuck()
 
 
+def describe(options: Options) -> str:
+    """What it is, for the log."""
+    parts = [f'kubensage-agent {__version__}', f'reads {options.procfs}, {options.sysfs} and {options.rootfs}']
+    if options.relay_address:
+        parts.append(f'delivers to {options.relay_address}')
+    if options.listen:
+        parts.append(f'serves http://{options.listen}{NODE} and {CADVISOR}')
+    return ', '.join(parts)
+
+
 def run_loop(roots: Roots, options: Options) -> int:
     """A snapshot each interval, until a signal; then one last attempt to deliver what is left."""
+    log.info('%s', describe(options))
     descriptor, stats, interval = install_signals(options.live), AgentStats(), options.main_loop_duration
     state, previous, troubles, late, tick, stopped = State(options.top_n), None, {}, {}, time.monotonic(), False
     with contextlib.ExitStack() as closing:
-        sinks, watched = open_sinks(options, closing), threading.Event()
-        closing.callback(watched.set)
-        start_thread(watch_cycles, stats, max(STUCK_SECONDS, STUCK_INTERVALS * interval), watched)
+        sinks, stopping = open_sinks(options, closing), threading.Event()
+        closing.callback(stopping.set)
+        start_thread(watch_cycles, stats, max(STUCK_SECONDS, STUCK_INTERVALS * interval), stopping)
+        if options.volume_stats_interval:
+            start_thread(walk_directories, state.runtime.walker, options.volume_stats_interval, stopping)
         while not stopped:
             stats.in_cycle = True
             try:
@@ -6330,8 +7378,10 @@ def run_loop(roots: Roots, options: Options) -> int:
                 stats.failures['bug'] += 1
                 # What was half written goes.
                 forget_runtime(state.runtime)
-                state = State(options.top_n)
+                state = State(options.top_n, state.runtime.walker)
             stats.in_cycle = False
+            if sinks.live:
+                sinks.live.failures = troubles
             if stats.sequence == 1 and sinks.backlog:
                 # A fleet that was switched on at once does not tick at once.
                 tick = time.monotonic() - random.uniform(0, interval)
@@ -6342,6 +7392,135 @@ def run_loop(roots: Roots, options: Options) -> int:
             stopped = stopped_within(descriptor, tick, sinks.live)
         notify_systemd('STOPPING=1')
     return 0
+
+
+# --- receiver
+
+# --receive: a relay to try, which stores nothing.
+RECEIVE_THREADS, RECEIVER_POLL_SECONDS = 32, 0.2
+# Two servers at one port would share the snapshots.
+RECEIVER_OPTIONS = (('grpc.so_reuseport', 0),)
+# At most so many missing numbers are remembered of one gap.
+MAX_GAP = 100_000
+
+
+class Received:
+    """What has come of one run of an agent: the lowest and the highest sequence number, which between them are missing,
+    how many came, and how many of these came again."""
+
+    def __init__(self, host: str, lowest: int):
+        self.host = host
+        self.lowest, self.highest = lowest, lowest - 1
+        self.missing: Set[int] = set()
+        self.count = self.twice = 0
+
+
+class Receiver:
+    """The runs that were seen, the last snapshot of each host, and why the receiver cannot go on."""
+
+    error: Optional[Exception] = None
+
+    def __init__(self, output: str):
+        self.output = output
+        self.started = time.time()
+        self.lock = threading.Lock()
+        self.runs: Dict[str, Received] = {}
+        self.last: Dict[str, wire.Metrics] = {}
+
+    def show(self, host: str, metrics: wire.Metrics) -> None:
+        """OutputError, BrokenPipeError, now and from then on: nothing that was not shown is acknowledged."""
+        last = self.last.get(host)
+        same_run = last and last.agent_metrics.run_id == metrics.agent_metrics.run_id
+        try:
+            show(last if same_run else None, metrics, self.output)
+        except (OutputError, BrokenPipeError) as error:
+            self.error = error
+            raise
+        self.last[host] = metrics
+
+
+def count_received(received: Received, sequence: int) -> bool:
+    """Whether it is the first time that this number came."""
+    received.count += 1
+    if received.lowest <= sequence <= received.highest and sequence not in received.missing:
+        received.twice += 1
+        return False
+    received.missing.update(range(max(received.highest + 1, sequence - MAX_GAP), sequence),
+                            range(sequence + 1, min(received.lowest, sequence + MAX_GAP)))
+    received.missing.discard(sequence)
+    received.lowest, received.highest = min(received.lowest, sequence), max(received.highest, sequence)
+    return True
+
+
+def describe_received(received: Received) -> str:
+    return (f'{received.host}: {plural(received.count, "snapshot")} received, {len(received.missing)} missing, '
+            f'{received.twice} twice')
+
+
+def receive(receiver: Receiver, metrics: wire.Metrics) -> None:
+    """A snapshot is counted and shown. A run that began before the receiver may have been received by another one: it
+    is counted from its first snapshot on."""
+    agent, host = metrics.agent_metrics, metrics.node_metrics.hostname
+    # The Go agent numbers neither its runs nor its snapshots.
+    run_id = agent.run_id or host
+    with receiver.lock:
+        if receiver.error:
+            raise receiver.error
+        received = receiver.runs.get(run_id)
+        if received is None:
+            first = 1 if agent.start_time_seconds >= receiver.started else agent.sequence
+            received = receiver.runs[run_id] = Received(host, first)
+            log.info('%s: agent %s, run %s', host, agent.version, run_id)
+        missing = len(received.missing)
+        if count_received(received, agent.sequence or received.highest + 1):
+            receiver.show(host, metrics)
+        if len(received.missing) != missing:
+            log.warning('%s', describe_received(received))
+
+
+def run_receiver(options: Options) -> int:
+    """Until a signal: acknowledge what comes, as a relay does, and show it."""
+    from concurrent import futures
+    descriptor, receiver = install_signals(False), Receiver(options.output)
+
+    def send_metrics(messages: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
+        try:
+            for message in messages:
+                receive(receiver, wire.Metrics.FromString(message))
+        except DecodeError:
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, 'not a metrics.Metrics')
+        except (OutputError, BrokenPipeError):
+            context.abort(grpc.StatusCode.UNAVAILABLE, 'the receiver cannot write')
+        return b''
+
+    server = grpc.server(futures.ThreadPoolExecutor(RECEIVE_THREADS), options=RECEIVER_OPTIONS)
+    service, _, method = SEND_METRICS[1:].partition('/')
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {
+        method: grpc.stream_unary_rpc_method_handler(send_metrics)}),))
+    try:
+        server.add_insecure_port(options.receive)
+    except RuntimeError:
+        raise ListenError(f'--receive {options.receive}: the address is not available') from None
+    server.start()
+    log.info('receives snapshots at %s and stores nothing: --relay-address=%s sends them here', options.receive,
+             options.receive.replace('0.0.0.0', '127.0.0.1'))
+    while not receiver.error and not stopped_within(descriptor, time.monotonic() + RECEIVER_POLL_SECONDS):
+        pass
+    server.stop(RECEIVER_POLL_SECONDS).wait(2 * RECEIVER_POLL_SECONDS)
+    for received in receiver.runs.values():
+        log.info('%s', describe_received(received))
+    if receiver.error:
+        raise receiver.error
+    return 0
+
+
+# --- main
+
+# malloc.h, glibc's.
+M_ARENA_MAX = -8
+# What the agent has beside grpc's: the sender, its stream, the watchdog, the walker, the server of --listen, two
+# connections, the statistics; and the helper with a question that waits.
+OWN_THREADS = 11
 
 
 def spare_memory() -> None:
@@ -6363,27 +7542,37 @@ def start_grpc() -> grpc.Channel:
     return grpc.insecure_channel('unix:/')
 
 
-def main(arguments: Optional[Sequence[str]] = None) -> int:
-    arguments = sys.argv[1:] if arguments is None else arguments
-    options = parse_options(arguments, os.environ, bool(sys.stdout and sys.stdout.isatty()))
-    options.cri_socket = options.cri_socket or os.environ.get('CONTAINER_RUNTIME_ENDPOINT')
-    if sys.stdout:
-        # A terminal of another encoding gets a ? and not a traceback.
-        sys.stdout.reconfigure(errors='replace')
-    roots = Roots(options.procfs, options.sysfs, options.rootfs)
+def run(options: Options, roots: Roots) -> int:
+    """What the options ask for; the exit code."""
     if options.print_unit or options.print_daemonset:
-        return print_service(options, arguments, roots)
+        return print_service(options)
     set_up_log(options)
-    if os.geteuid() != 0:
+    for warning in unknown_variables(os.environ):
+        log.warning('%s', warning)
+    if os.geteuid() != 0 and not options.receive:
         log.warning('not root: pods, containers, the host id, and file systems in private directories may be missing')
     if options.cri_socket_uid:
         log.warning('--cri-socket-uid: user %d may say what pods this node has', options.cri_socket_uid)
     raise_open_files_limit()
     spare_memory()
+    with start_grpc():
+        if options.receive:
+            return run_receiver(options)
+        return run_once(roots, options) if options.once else run_loop(roots, options)
+
+
+def main(arguments: Optional[Sequence[str]] = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = parse_options(arguments, os.environ, bool(sys.stdout and sys.stdout.isatty()))
+    if options.live and (os.environ.get('TERM') or 'dumb') == 'dumb':
+        options.live, options.output = False, 'table'
+    options.cri_socket = options.cri_socket or os.environ.get('CONTAINER_RUNTIME_ENDPOINT')
+    if sys.stdout:
+        # A terminal of another encoding gets a ? and not a traceback.
+        sys.stdout.reconfigure(errors='replace')
     try:
-        with start_grpc():
-            return run_once(roots, options) if options.once else run_loop(roots, options)
-    except ListenError as error:
+        return run(options, Roots(options.procfs, options.sysfs, options.rootfs))
+    except (ListenError, OutputError) as error:
         log.error('%s', error)
         return 1
     except RuntimeError as error:
@@ -6392,11 +7581,11 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         log.error('%s: the agent needs a few (pids.max of its cgroup, TasksMax of its unit, ulimit -u)', error)
         return 1
     except BrokenPipeError:
-        # The reader of stdout has gone. Python would complain once more when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+    finally:
+        drop_output()
 
 
 if __name__ == '__main__':
