@@ -8312,7 +8312,9 @@ class WayTest(RelayTest):
         return added
 
     def nginx(self, relay):
-        """A real one, between the agent and the relay; its address."""
+        """A real one, between the agent and the relay; its address. Now and then it leaves a stream without an answer
+        that it has refused: the deadline ends that."""
+        self.patch(SEND_TIMEOUT_SECONDS=5)
         address, directory = closed_address(self), self.new_directory()
         write_tree(directory, {'nginx.conf': NGINX_CONFIGURATION.format(address=address, relay=relay)})
         self.spawn(['nginx', '-p', directory, '-e', 'error.log', '-c', 'nginx.conf'])
