@@ -39,9 +39,9 @@ the relay has acknowledged it.
       ContainerStatus, ImageFsInfo
 
 A value goes from the kernel's file through a parser that keeps the kernel's name into the field of
-that name. A second process makes the calls that may never return. The sections follow the data: the archive's
-bundle, files, subjects of the node, cgroups, runtime and pods, backlog, relay, snapshot, output,
-command line. `grep '^# ---' agent.py` lists them.
+that name. A second process makes the calls that may never return. The sections follow the data: the
+archive's bundle, files, subjects of the node, cgroups, runtime and pods, backlog, relay, snapshot,
+output, command line. `grep '^# ---' agent.py` lists them.
 """
 from __future__ import annotations
 
@@ -3305,6 +3305,11 @@ class History:
         self.lost: Dict[str, str] = {}
 
 
+def history_key(pod: Pod) -> str:
+    """The uid, which a pod's sandboxes share; of a pod that crictl has made without one, the sandbox's id."""
+    return pod.message.uid or pod.message.id
+
+
 def oom_kills_of(cgroup: wire.CgroupMetrics) -> Optional[int]:
     """How often the OOM killer came. With memory.oom.group, which the kubelet sets, oom_kill counts each process that
     dies with the first, and the first one twice."""
@@ -3416,12 +3421,12 @@ def fill_history(history: History, pods: Sequence[Pod], timestamp_ns: int) -> No
 def fill_histories(state: RuntimeState, cycle: Cycle) -> None:
     """Of the pods of which anything is to be told. A pod whose sandbox is replaced has two for a while."""
     timestamp_ns, by_uid = time.time_ns(), collections.defaultdict(list)
-    restless = {pod.message.uid or pod.message.id for pod in state.pods.values() if pod.restless}
+    restless = {history_key(pod) for pod in state.pods.values() if pod.restless}
     for pod in state.pods.values() if restless else ():
-        by_uid[pod.message.uid or pod.message.id].append(pod)
+        by_uid[history_key(pod)].append(pod)
 
     def fill_first(pod: Pod) -> None:
-        uid = pod.message.uid or pod.message.id
+        uid = history_key(pod)
         if uid not in restless or by_uid[uid][0] is not pod:
             return
         history = state.histories.setdefault(uid, History())
@@ -3580,8 +3585,7 @@ def measure_children(kind: str, parent: str, measured: Usages,
     return found
 
 
-def measure_pod(directories: Mapping[str, str], measured: Usages,
-                mountpoints: Set[str]) -> Iterator[None]:
+def measure_pod(directories: Mapping[str, str], measured: Usages, mountpoints: Set[str]) -> Iterator[None]:
     found = set()
     for kind, parent in directories.items():
         # A ValueError where a name has a NUL.
@@ -3609,7 +3613,7 @@ def take_turn(walker: Walker) -> None:
     try:
         next(walk)
         walker.walks[uid] = walk
-    except (StopIteration, OSError):
+    except StopIteration:
         pass
     except Exception:
         log.exception('a bug in the walk of a directory')
@@ -3646,8 +3650,7 @@ def pod_directories(pods: Iterable[wire.PodMetrics], root: str, cycle: Cycle) ->
             for pod in pods if pod.uid and '/' not in pod.namespace + pod.name + pod.uid}
 
 
-def pod_usages(pod: wire.PodMetrics, measured: Usages,
-               volumes: Iterable[Volume]) -> Usages:
+def pod_usages(pod: wire.PodMetrics, measured: Usages, volumes: Iterable[Volume]) -> Usages:
     """By kind and name. A container and its exited predecessor have one name: their layers are summed."""
     usages = {}
     for container in pod.container_metrics:
@@ -3678,8 +3681,7 @@ def fill_volume(message: wire.PodVolume, volume: Volume) -> None:
     message.CopyFrom(wire.PodVolume(name=volume.name, plugin=volume.plugin, usage=volume.usage))
 
 
-def fill_storage(message: wire.PodMetrics, measured: Usages,
-                 volumes: Sequence[Volume]) -> None:
+def fill_storage(message: wire.PodMetrics, measured: Usages, volumes: Sequence[Volume]) -> None:
     usages = pod_usages(message, measured, volumes)
     mounted = [volume for volume in volumes if volume.plugin != EMPTY_DIR]
     fill_list(message.ephemeral_storage.usages, list(usages.items())[:MAX_ROWS], fill_storage_usage)
@@ -3922,7 +3924,7 @@ def update_from_runtime(state: RuntimeState, options: Options, cycle: Cycle) -> 
         return False
     update_pods(state.pods, sandboxes, containers, cycle)
     forget_histories(state.histories, {utf8(sandbox.metadata.uid) for sandbox in sandboxes}
-                     | {pod.message.uid or pod.message.id for pod in state.pods.values()},
+                     | {*map(history_key, state.pods.values())},
                      {utf8(container.id) for container in containers})
     state.listed_at, state.listed = cycle.now, wire.RuntimeMetrics(
         name=runtime.name, version=runtime.version, socket=runtime.socket, service=runtime.service,
@@ -5083,15 +5085,15 @@ def per_second(previous: Number, value: Number, seconds: float) -> Number:
 
 def total(messages: Iterable[Any], path: str) -> Number:
     """The sum of a field, None where no message has it."""
-    known = [value for value in (value_at(message, path) for message in messages) if value is not None]
-    return sum(known) if known else None
+    values = [value for value in (value_at(message, path) for message in messages) if value is not None]
+    return sum(values) if values else None
 
 
 def shown_state(container: wire.ContainerMetrics) -> str:
     state, status = container.state.replace('CONTAINER_', '').lower(), container.status
     if state != 'exited' or not status.HasField('exit_code'):
         return state
-    if status.reason == 'OOMKilled':
+    if status.reason == OOM_KILLED:
         return 'OOM killed'
     return f'exit {status.exit_code}' if status.exit_code else 'completed'
 
